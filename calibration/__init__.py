@@ -1,0 +1,1 @@
+"""Measures GPUs and fits the energy model (entered through `energymodel calibrate`, `fit`, ...)."""
