@@ -1,0 +1,52 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv on their own.
+# PYTHON picks the interpreter that makes .venv: `make demo PYTHON=python3.12`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help:
+	@echo 'make demo    energy of the built-in azure_code workload on an A100'
+	@echo 'make test    the test suite'
+	@echo 'make lint    ruff and the import contracts'
+	@echo 'make types   mypy --strict on energymodel/'
+	@echo 'make bench   time the commands in benchmarks/'
+	@echo 'make clean   remove .venv and everything built'
+
+demo: .venv/.installed
+	$(BIN)/energymodel predict --trace azure_code --gpu a100
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/.installed-dev
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are renewed only when pyproject.toml changes.
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "energymodel needs Python 3.11 or newer; try 'make $(MAKECMDGOALS) PYTHON=python3.12'"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.installed: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ .venv/.installed
