@@ -1,0 +1,9 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# Machines differ in speed and a compiled function is slow once: no test asserts on time.
+settings.register_profile("energymodel", deadline=None)
+settings.load_profile("energymodel")
