@@ -130,6 +130,9 @@ class ModelSpec:
     lm_head_bias: bool = False
     expert_dtype: str | None = None
     """Stored dtype of the experts where the checkpoint fixes it (gpt-oss: `mxfp4`)."""
+    checkpoint_dtype: str | None = None
+    """Dtype of the checkpoint's linear weights (`quantization_config`, else `torch_dtype`);
+    None where the config does not say."""
     learned_position_elements: int = 0
     """Weights of a learned position table (OPT, GPT-2); 0 for rotary models."""
     parallel_block: bool = False
