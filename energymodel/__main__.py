@@ -1,0 +1,5 @@
+"""`python -m energymodel`."""
+
+from energymodel.cli import main
+
+main()

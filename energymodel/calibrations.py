@@ -1,0 +1,191 @@
+"""The fitted parameters of a GPU: what turns FLOPs and bytes into seconds and joules.
+
+`load_calibration` reads `profiles/calibrations/<gpu>.json`. Every file carries its origin
+(measured, public-data or datasheet), its provenance and the interval that its held-out errors
+earned; the numbers themselves live only there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from energymodel.datafiles import data_path
+from energymodel.errors import ProfileError
+from energymodel.specs import Origin
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCalibration:
+    """How kernels of one operator class use the GPU.
+
+    A call takes `call_seconds + (t_compute**p + t_memory**p)**(1/p)`, p = `sharpness`, with
+    t_compute = executed FLOPs / (peak x compute_efficiency x wave fill**wave_exponent) and
+    t_memory = bytes / (bandwidth x memory_efficiency).
+    """
+
+    compute_efficiency: float
+    """Share of the datasheet's peak that large calls reach [-]."""
+    memory_efficiency: float
+    """Share of the datasheet's bandwidth that large calls reach [-] (links: of the link's)."""
+    call_seconds: float
+    """Fixed time of a call inside a CUDA graph [s]."""
+    sharpness: float = 4.0
+    """p of the transition between memory- and compute-bound [-]."""
+    wave_exponent: float = 0.0
+    """How much a partly filled last wave of tiles costs [-], 0 = nothing, 1 = a full wave."""
+    active_watts: float = 0.0
+    """Power of the busy SMs above the base, whatever they compute [W]."""
+    flop_energy_factor: float = 1.0
+    """Joules per FLOP of this class relative to a large GEMM's [-]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackCalibration:
+    """What a serving stack adds to the kernels of a step. Times in seconds."""
+
+    step_host_seconds: float
+    """Host time of a step; overlaps the GPU's, the longer of the two counts."""
+    sequence_host_seconds: float
+    """Host time per sequence of a step."""
+    launch_seconds: float
+    """Host time per kernel launched outside a CUDA graph."""
+    kernels_per_layer: float
+    """Kernels a layer launches where no graph replays them."""
+    step_gap_seconds: float
+    """GPU idle between two steps that nothing overlaps."""
+    sequence_gap_seconds: float = 0.0
+    """The same per sequence of the step."""
+    prefill_gap_seconds: float = 0.0
+    """GPU idle a step with new prompts adds (inputs prepared, attention launched eagerly)."""
+    request_host_seconds: float = 0.0
+    """Host time to admit one request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntervalCalibration:
+    """Relative interval of predictions, from held-out errors or (datasheet) from transfer."""
+
+    level: float
+    low: float
+    """Lower end as a share of the prediction (0.9 = 10 % below)."""
+    high: float
+    """Upper end as a share of the prediction."""
+    basis: str
+    """Where the two numbers come from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """All fitted parameters of one GPU."""
+
+    gpu: str
+    origin: Origin
+    cold_idle_watts: float
+    """Board power with no process on the GPU [W]."""
+    context_idle_watts: float
+    """Board power with a process holding a context, nothing running [W]."""
+    polling_idle_watts: float
+    """Board power while the engine waits for requests, clocks up [W]."""
+    base_watts: float
+    """Board power while kernels keep coming, before what they compute and move [W]."""
+    joules_per_flop: Mapping[str, float]
+    """Energy of a FLOP by compute dtype at the highest clock [J/FLOP]."""
+    joules_per_hbm_byte: float
+    joules_per_onchip_byte: float
+    joules_per_link_byte: float
+    power_cap_watts: float
+    """Sustained board power at the limit [W]."""
+    clock_energy_exponent: float
+    """a in: core energy at clock share x is x**a of that at the highest clock [-]."""
+    kernels: Mapping[str, KernelCalibration]
+    """By operator class: gemm, moe, attention_prefill, attention_decode, elementwise, sampling,
+    communication."""
+    stacks: Mapping[str, StackCalibration]
+    intervals: Mapping[str, IntervalCalibration]
+    """By stack."""
+    provenance: Mapping[str, Any]
+    """Machine, driver, versions, date, checksum of the windows, held-out errors."""
+    onchip_speedup: float = 3.0
+    """Bandwidth of the L2 relative to the device memory's [-]."""
+    onchip_share_of_l2: float = 0.5
+    """Share of the L2 that activations handed from kernel to kernel may fill [-]."""
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+
+def load_calibration(name_or_path: str) -> Calibration:
+    """Calibration of a GPU by canonical name, or from a JSON file.
+
+    Raises
+    ------
+    ProfileError
+        If there is no such file, or a field is missing, unknown or not a number.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        path = data_path("calibrations", f"{name_or_path}.json")
+    if not path.is_file():
+        raise ProfileError(
+            f"no calibration for '{name_or_path}' ({path} is missing). Known: "
+            f"{', '.join(list_calibrations())}. `energymodel fit` makes one from measured windows."
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProfileError(f"{path}: cannot be read as JSON ({error})") from error
+    calibration: Calibration = _build(Calibration, document, str(path), "$")
+    if calibration.schema_version != SCHEMA_VERSION:
+        raise ProfileError(
+            f"{path}: schema_version {calibration.schema_version} is not {SCHEMA_VERSION}; "
+            "make the file again with `energymodel fit`"
+        )
+    return calibration
+
+
+def list_calibrations() -> tuple[str, ...]:
+    """Canonical names of the GPUs that have a calibration."""
+    return tuple(sorted(p.stem for p in data_path("calibrations").glob("*.json")))
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write a calibration as JSON, keys in the order of the dataclass."""
+    path.write_text(json.dumps(asdict(calibration), indent=1) + "\n", encoding="utf-8")
+
+
+def _build(kind: Any, value: Any, where: str, at: str) -> Any:
+    """Turn parsed JSON into dataclass `kind`, checking names and types strictly."""
+    origin = get_origin(kind)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: {at} must be an object")
+        hints = get_type_hints(kind)
+        known = {f.name: f for f in fields(kind)}
+        if unknown := sorted(set(value) - set(known)):
+            raise ProfileError(f"{where}: {at} has unknown fields {', '.join(unknown)}")
+        needed = {n for n, f in known.items() if f.default is f.default_factory}  # both MISSING
+        if missing := sorted(needed - set(value)):
+            raise ProfileError(f"{where}: {at} lacks {', '.join(missing)}")
+        built = {n: _build(hints[n], v, where, f"{at}.{n}") for n, v in value.items()}
+        return kind(**built)  # type: ignore[operator]
+    if origin is not None and isinstance(value, dict):
+        inner = get_args(kind)[1]
+        return {k: _build(inner, v, where, f"{at}.{k}") for k, v in value.items()}
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ProfileError(f"{where}: {at} must be a number >= 0, not {value!r}")
+        return float(value)
+    if kind is int and not isinstance(value, int):
+        raise ProfileError(f"{where}: {at} must be a whole number, not {value!r}")
+    if kind is str and not isinstance(value, str):
+        raise ProfileError(f"{where}: {at} must be text, not {value!r}")
+    if str(origin) == "typing.Literal" and value not in get_args(kind):
+        raise ProfileError(f"{where}: {at} must be one of {get_args(kind)}, not {value!r}")
+    if isinstance(kind, UnionType):
+        return value
+    return value

@@ -1,0 +1,222 @@
+"""Command line: parse, call the public function, print. Exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from energymodel import __version__
+from energymodel.errors import EnergyModelError
+
+app = typer.Typer(
+    name="energymodel",
+    help="How many joules does this LLM workload cost, on this GPU, with this serving stack?",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
+
+
+class OutputFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
+    """How a result is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Print an error's message on stderr and exit with code 2."""
+    try:
+        yield
+    except EnergyModelError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except BrokenPipeError:
+        # the reader of our output has gone (`| head`): nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"energymodel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def predict(
+    trace: Annotated[
+        str, typer.Option(help="Trace file, `-` for stdin, or a built-in workload's name.")
+    ],
+    gpu: Annotated[str, typer.Option(help="GPU name, alias or data file.")],
+    model: Annotated[
+        str, typer.Option(help="Bundled name, config.json, a folder with one, or a cached hub id.")
+    ] = "llama-3.1-8b",
+    stack: Annotated[str, typer.Option(help="vllm, vllm-eager or transformers.")] = "vllm",
+    arrivals: Annotated[
+        str, typer.Option(help="trace, offline (all at time 0) or poisson:RATE in requests/s.")
+    ] = "trace",
+    replicas: Annotated[str, typer.Option(help="Model instances, or auto for the fewest.")] = "1",
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs a layer is split over.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages the layers are split into.")] = 1,
+    max_batch: Annotated[int, typer.Option(help="Sequences in flight (vLLM max_num_seqs).")] = 256,
+    max_step_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens a step (vLLM max_num_batched_tokens).  [default: as vLLM]"),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest context served.  [default: the model's]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Weights: bf16, fp16, fp8, int8, int4, mxfp4, fp32.")
+    ] = "bf16",
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="KV cache: bf16, fp16 or fp8.  [default: bf16]")
+    ] = None,
+    binning: Annotated[str, typer.Option(help="exact, or paper for its ceiling bins.")] = "exact",
+    pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
+    grid: Annotated[
+        str | None, typer.Option(help="Grid's name, or its intensity in gCO2/kWh.")
+    ] = None,
+    format: Annotated[OutputFormat, typer.Option(help="How to print.")] = OutputFormat.table,
+    output: Annotated[
+        Path | None, typer.Option(help="Write there instead of to the terminal.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of drawn workloads and Poisson arrivals.")] = 0,
+    trace_format: Annotated[
+        str | None, typer.Option(help="Force the trace's format.  [default: from its columns]")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration file in place of the GPU's own.")
+    ] = None,
+) -> None:
+    """Predict the energy of serving a request trace."""
+    with _user_errors():
+        _check_writable(output)
+        from energymodel.report import render  # noqa: PLC0415
+        from energymodel.workload import predict as run  # noqa: PLC0415
+
+        result = run(
+            trace,
+            gpu=gpu,
+            model=model,
+            stack=stack,
+            arrivals=arrivals,
+            replicas=replicas,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            binning=binning,
+            pue=pue,
+            grid=grid,
+            seed=seed,
+            trace_format=trace_format,
+            strict=strict,
+            calibration=calibration,
+        )
+        for warning in result.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        _write(render(result, format.value, color=output is None and sys.stdout.isatty()), output)
+
+
+@trace_app.command("describe")
+def trace_describe(
+    file: Annotated[str, typer.Argument(help="Trace file, `-`, or a built-in workload's name.")],
+    format: Annotated[OutputFormat, typer.Option(help="table or json.")] = OutputFormat.table,
+    trace_format: Annotated[str | None, typer.Option(help="Force the trace's format.")] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
+) -> None:
+    """Show a trace's statistics, bins and histograms."""
+    with _user_errors():
+        import json  # noqa: PLC0415
+
+        from energymodel.trace_cli import describe, print_description  # noqa: PLC0415
+        from energymodel.workloads import load_requests  # noqa: PLC0415
+
+        requests = load_requests(file, trace_format=trace_format, strict=strict, seed=seed)
+        if format is OutputFormat.json:
+            typer.echo(json.dumps(describe(requests), indent=2))
+        else:
+            print_description(requests)
+
+
+@app.command()
+def known() -> None:
+    """List the GPUs, models, stacks and workloads known by name."""
+    with _user_errors():
+        from energymodel.calibrations import load_calibration  # noqa: PLC0415
+        from energymodel.gpus import list_gpus  # noqa: PLC0415
+        from energymodel.models import list_models  # noqa: PLC0415
+        from energymodel.workload import STACKS  # noqa: PLC0415
+        from energymodel.workloads import list_workloads  # noqa: PLC0415
+
+        gpus = [f"{name} ({load_calibration(name).origin})" for name in list_gpus()]
+        for title, names in (
+            ("GPUs", gpus),
+            ("models", list_models()),
+            ("stacks", STACKS),
+            ("workloads", list_workloads()),
+        ):
+            typer.echo(f"{title}: {', '.join(names)}")
+
+
+def _check_writable(output: Path | None) -> None:
+    """Fail before the work, not after it."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise EnergyModelError(f"--output {output} is a folder; name a file")
+    if not output.parent.is_dir():
+        raise EnergyModelError(f"--output {output}: the folder {output.parent} does not exist")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise EnergyModelError(f"--output {output} cannot be written; choose another place")
+
+
+def _write(text: str, output: Path | None) -> None:
+    """Print, or write whole: a file appears complete or not at all."""
+    if output is None:
+        typer.echo(text)
+        return
+    part = output.with_name(output.name + ".part")
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(output)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise EnergyModelError(f"--output {output} cannot be written: {error.strerror}") from error
+
+
+def main() -> None:
+    """Entry point of the `energymodel` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

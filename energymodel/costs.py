@@ -1,0 +1,289 @@
+"""Tables of step costs that the simulator looks up, and the way back to operators.
+
+A step's cost is the sum of a part that depends on the number of tokens, a part that depends on
+the rows of logits, and attention, which is linear in its four statistics. Each part is a row of
+four numbers (memory s, compute s, fixed J, core J; see `roofline.OperatorCosts.tables`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energymodel.calibrations import Calibration, StackCalibration
+from energymodel.errors import CapacityError, ConfigurationError, unknown_name
+from energymodel.operators import (
+    OperatorTable,
+    kv_bytes_per_token,
+    operator_table,
+    step_stats,
+    weight_bytes,
+    window_tokens,
+)
+from energymodel.roofline import OperatorCosts, operator_costs
+from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
+from energymodel.units import GIB
+
+Array = NDArray[np.float64]
+
+ATTENTION_STATS = (
+    "decode_kv_tokens",
+    "decode_window_kv_tokens",
+    "prefill_pairs",
+    "prefill_window_pairs",
+)
+_ROW_OPERATORS = ("logits", "sampling")
+_PIECEWISE_KERNELS = 3.0  # attention, KV write and metadata run outside a piecewise graph
+_RESERVED_BYTES = 1.5 * GIB  # CUDA context, graphs and workspaces of the engine (see docs/limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostTables:
+    """What the compiled simulator reads. Costs are of one GPU."""
+
+    tokens: Array
+    """(max tokens + 1, 4) by tokens in the step."""
+    rows: Array
+    """(max batch + 1, 4) by rows of logits."""
+    attention: Array
+    """(len(ATTENTION_STATS), 4) per unit of each statistic."""
+    phases: Array
+    """(2, 4) added by a step with prefill, with decode attention."""
+    graph_tokens: NDArray[np.int64]
+    """(largest graph + 1,) tokens after padding to a captured graph; empty without graphs."""
+    host: Array
+    """(8,) host and gap seconds, see `simulator._step`."""
+    limits: Array
+    """(4,) base W, power limit W, clock-energy exponent, pipeline stages."""
+    config: tuple[int, int, int, int, int]
+    """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none)."""
+
+
+def cost_tables(
+    model: ModelSpec, serving: ServingConfig, gpu: GpuSpec, calibration: Calibration
+) -> CostTables:
+    """Evaluate the roofline for every step the scheduler can form.
+
+    Raises
+    ------
+    CapacityError
+        If the weights do not fit the GPUs' memory.
+    ConfigurationError
+        If the calibration does not know the stack.
+    """
+    token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
+    longest = max(serving.max_step_tokens, serving.max_batch, max(serving.graph_batch_sizes))
+    by_tokens = _costs(
+        token_ops, step_stats(model, tokens=np.arange(longest + 1.0)), gpu, calibration
+    )
+    by_tokens[0] = 0.0
+    rows = np.arange(serving.max_batch + 1.0)
+    by_rows = _costs(row_ops, step_stats(model, tokens=rows, rows=rows), gpu, calibration)
+    by_rows[0] = 0.0
+    attention, phases = _attention_costs(model, attention_ops, gpu, calibration)
+    stack = stack_calibration(calibration, serving.stack)
+    graphs = serving.stack == "vllm"
+    return CostTables(
+        tokens=by_tokens,
+        rows=by_rows,
+        attention=attention,
+        phases=phases,
+        graph_tokens=_graph_padding(serving.graph_batch_sizes) if graphs else np.zeros(0, np.int64),
+        host=_host_seconds(model, stack),
+        limits=np.array(
+            [
+                calibration.base_watts,
+                calibration.power_cap_watts,
+                calibration.clock_energy_exponent,
+                float(serving.pipeline_parallel),
+            ]
+        ),
+        config=(
+            serving.max_batch,
+            serving.max_step_tokens,
+            kv_blocks(model, serving, gpu),
+            serving.block_tokens,
+            window_tokens(model),
+        ),
+    )
+
+
+def stack_calibration(calibration: Calibration, stack: str) -> StackCalibration:
+    """The stack's parameters; ConfigurationError if the calibration has none."""
+    if stack not in calibration.stacks:
+        raise ConfigurationError(unknown_name("stack", stack, calibration.stacks))
+    return calibration.stacks[stack]
+
+
+def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
+    """Blocks of KV cache that fit beside the weights.
+
+    Raises
+    ------
+    CapacityError
+        If the weights leave no room; says how many GPUs would do.
+    """
+    weights = weight_bytes(model, serving)
+    activations = serving.max_step_tokens * model.hidden_size * 16.0
+    room = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES - activations - weights
+    block = kv_bytes_per_token(model, serving) * serving.block_tokens
+    blocks = int(room // block)
+    if blocks < 1:
+        have = serving.tensor_parallel * serving.pipeline_parallel
+        usable = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES - activations
+        fits = next(
+            (n for n in (2, 4, 8, 16, 32, 64) if n > have and weights * have < 0.95 * usable * n),
+            None,
+        )
+        hint = f"; {fits} GPUs (--tensor-parallel {fits}) would do" if fits else ""
+        raise CapacityError(
+            f"{model.name} needs {weights / GIB:.1f} GiB of weights per GPU on {have} x {gpu.title}, "
+            f"which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
+        )
+    return blocks
+
+
+def operator_joules(
+    model: ModelSpec,
+    serving: ServingConfig,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    *,
+    token_steps: Array,
+    row_steps: Array,
+    attention_sums: Array,
+    phase_steps: Array,
+) -> dict[str, dict[str, float]]:
+    """Energy of one GPU by operator and component, from what a simulation counted.
+
+    Arguments as in `simulator.Simulation`. Components: base, flops, onchip, hbm, link.
+    """
+    token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
+    joules: dict[str, dict[str, float]] = {}
+    for table, counts, stat in ((token_ops, token_steps, "tokens"), (row_ops, row_steps, "rows")):
+        used = np.flatnonzero(counts[:, 0])
+        size = used.astype(float)
+        stats = step_stats(model, tokens=size, rows=size if stat == "rows" else 0.0)
+        costs = operator_costs(table, stats, gpu, calibration)
+        _add(joules, table, costs, counts[used], calibration.base_watts)
+    unit, fixed = _attention_units(model, attention_ops, gpu, calibration)
+    _add(joules, attention_ops, unit, attention_sums, calibration.base_watts)
+    _add(joules, attention_ops, fixed, phase_steps, calibration.base_watts)
+    return joules
+
+
+def _add(
+    joules: dict[str, dict[str, float]],
+    table: OperatorTable,
+    costs: OperatorCosts,
+    weights: Array,
+    base_watts: float,
+) -> None:
+    plain, slow, core = weights[:, 0], weights[:, 1], weights[:, 2]
+    parts = {
+        "base": base_watts * (plain @ costs.memory_seconds + slow @ costs.compute_seconds)
+        + plain @ costs.active_memory_joules
+        + core @ costs.active_compute_joules,
+        "flops": core @ costs.flop_joules,
+        "onchip": core @ costs.onchip_joules,
+        "hbm": plain @ costs.hbm_joules,
+        "link": plain @ costs.link_joules,
+    }
+    for column, name in enumerate(table.names):
+        entry = joules.setdefault(name, dict.fromkeys(parts, 0.0))
+        for part, values in parts.items():
+            entry[part] += float(values[column])
+
+
+def _split(table: OperatorTable) -> tuple[OperatorTable, OperatorTable, OperatorTable]:
+    """Operators that depend on tokens, on rows of logits, and attention."""
+    is_row = np.array([n in _ROW_OPERATORS for n in table.names])
+    is_attention = np.array([c.startswith("attention") for c in table.op_class])
+    return (
+        _subset(table, ~is_row & ~is_attention),
+        _subset(table, is_row),
+        _subset(table, is_attention),
+    )
+
+
+def _subset(table: OperatorTable, mask: NDArray[np.bool_]) -> OperatorTable:
+    picked: dict[str, object] = {}
+    for f in fields(table):
+        value = getattr(table, f.name)
+        if isinstance(value, tuple):
+            picked[f.name] = tuple(v for v, keep in zip(value, mask, strict=True) if keep)
+        else:
+            picked[f.name] = value[mask]
+    return replace(table, **picked)  # type: ignore[arg-type]
+
+
+def _costs(table: OperatorTable, stats: Array, gpu: GpuSpec, calibration: Calibration) -> Array:
+    return operator_costs(table, stats, gpu, calibration).tables()
+
+
+def _attention_units(
+    model: ModelSpec, table: OperatorTable, gpu: GpuSpec, calibration: Calibration
+) -> tuple[OperatorCosts, OperatorCosts]:
+    """Attention's costs per unit of each statistic, and the fixed cost of a step of each phase.
+
+    A call's time is its fixed part plus a function homogeneous in its work, so two points on
+    the line give both.
+    """
+    size = 1e9
+    diagonal = {
+        name: size * np.eye(len(ATTENTION_STATS))[i] for i, name in enumerate(ATTENTION_STATS)
+    }
+    double = {name: 2.0 * v for name, v in diagonal.items()}
+    zero = np.zeros(len(ATTENTION_STATS))
+    once = operator_costs(table, step_stats(model, tokens=zero, **diagonal), gpu, calibration)
+    twice = operator_costs(table, step_stats(model, tokens=zero, **double), gpu, calibration)
+
+    def combine(scale_once: float, scale_twice: float, factor: float) -> OperatorCosts:
+        values = {
+            f.name: (scale_once * getattr(once, f.name) + scale_twice * getattr(twice, f.name))
+            * factor
+            for f in fields(OperatorCosts)
+        }
+        return OperatorCosts(**values)
+
+    unit = combine(-1.0, 1.0, 1.0 / size)
+    intercept = combine(2.0, -1.0, 1.0)
+    # the fixed part of a phase is there once, whether its layers are windowed or not
+    prefill, decode = [2, 3], [0, 1]
+    rows = {
+        f.name: np.stack(
+            [getattr(intercept, f.name)[phase].max(axis=0) for phase in (prefill, decode)]
+        )
+        for f in fields(OperatorCosts)
+    }
+    return unit, OperatorCosts(**rows)
+
+
+def _attention_costs(
+    model: ModelSpec, table: OperatorTable, gpu: GpuSpec, calibration: Calibration
+) -> tuple[Array, Array]:
+    unit, fixed = _attention_units(model, table, gpu, calibration)
+    return unit.tables(), np.maximum(fixed.tables(), 0.0)
+
+
+def _graph_padding(sizes: tuple[int, ...]) -> NDArray[np.int64]:
+    ordered = np.array(sorted(sizes))
+    return ordered[np.searchsorted(ordered, np.arange(ordered[-1] + 1))].astype(np.int64)
+
+
+def _host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
+    layers = float(model.num_layers)
+    return np.array(
+        [
+            stack.step_host_seconds,
+            stack.step_host_seconds + _PIECEWISE_KERNELS * layers * stack.launch_seconds,
+            stack.step_host_seconds + stack.kernels_per_layer * layers * stack.launch_seconds,
+            stack.sequence_host_seconds,
+            stack.step_gap_seconds,
+            stack.sequence_gap_seconds,
+            stack.prefill_gap_seconds,
+            stack.request_host_seconds,
+        ]
+    )

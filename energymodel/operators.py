@@ -1,0 +1,417 @@
+"""What one serving step computes and moves, operator by operator.
+
+A step is described by a few sufficient statistics (`STATS`); every operator's FLOPs and
+bytes are linear in them, so a step, or a million steps, is one matrix product. Everything
+here counts work of one GPU of the tensor-parallel group; nothing here knows a time or a joule.
+
+Counting rules: a multiply-add is 2 FLOPs; weights are read from device memory once a step;
+activations are written and read once by each kernel they pass. Shapes follow the papers of
+the architectures: GQA (Ainslie et al. 2023), MLA (DeepSeek-V2, section 2.1), SwiGLU (Shazeer
+2020), token-choice MoE (Fedus et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energymodel.specs import AttentionSpec, LayerGroup, MlpSpec, ModelSpec, MoeSpec, ServingConfig
+from energymodel.units import BYTES_PER_ELEMENT
+
+Array = NDArray[np.float64]
+
+STATS = (
+    "one",  # 1 for every step
+    "tokens",  # tokens processed: prefill chunks and one for each decoding sequence
+    "rows",  # sequences for which logits are computed
+    "decode_kv_tokens",  # sum of context lengths over decoding sequences
+    "decode_window_kv_tokens",  # the same, each cut at the sliding window
+    "prefill_pairs",  # query-key pairs of the prefill chunks under the causal mask
+    "prefill_window_pairs",  # the same under the sliding window
+    "distinct_experts",  # experts of a layer that at least one token chose
+    "expert_rows",  # rows the fused expert kernel computes, tile padding included
+)
+"""Sufficient statistics of a step, in the order of the coefficient columns."""
+
+_STAT = {name: i for i, name in enumerate(STATS)}
+_ACTIVATION_BYTES = 2.0  # activations are 16-bit on every stack modelled
+_LOGIT_PASSES_BYTES = 14.0  # per logit: 2 written, 2 read, 4 written as fp32, 4 + 2 read (argmax)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorTable:
+    """Coefficients of every operator on `STATS`, for one GPU of the group.
+
+    `flops`, `executed_flops`, `hbm_bytes`, `activation_bytes` and `link_bytes` have the shape
+    (operators, statistics); the rest (operators,). `flops` counts useful work,
+    `executed_flops` what the kernel runs (tile padding of the experts included).
+    """
+
+    names: tuple[str, ...]
+    op_class: tuple[str, ...]
+    compute_dtype: tuple[str, ...]
+    calls: Array
+    gemm_n: Array
+    """Output columns of a GEMM [elements]; 0 for the others."""
+    flops: Array
+    executed_flops: Array
+    hbm_bytes: Array
+    activation_bytes: Array
+    link_bytes: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Operator:
+    name: str
+    op_class: str
+    compute_dtype: str
+    calls: float
+    gemm_n: float = 0.0
+    flops: dict[str, float] | None = None
+    executed_flops: dict[str, float] | None = None
+    hbm_bytes: dict[str, float] | None = None
+    activation_bytes: dict[str, float] | None = None
+    link_bytes: dict[str, float] | None = None
+
+
+def compute_dtype(weight_dtype: str) -> str:
+    """Dtype of the matrix units for a weight dtype: weight-only formats compute in bf16."""
+    return {"int4": "bf16", "mxfp4": "bf16", "fp16": "fp16"}.get(weight_dtype, weight_dtype)
+
+
+def _gemm(
+    name: str, n: float, k: float, count: float, dtype: str, per: str = "tokens"
+) -> _Operator:
+    work = {per: 2.0 * n * k * count}
+    return _Operator(
+        name=name,
+        op_class="gemm",
+        compute_dtype=compute_dtype(dtype),
+        calls=count,
+        gemm_n=n,
+        flops=work,
+        executed_flops=work,
+        hbm_bytes={"one": n * k * count * BYTES_PER_ELEMENT[dtype]},
+        activation_bytes={per: (n + k) * count * _ACTIVATION_BYTES},
+    )
+
+
+def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterator[_Operator]:
+    spec, count, tp = group.attention, float(group.count), serving.tensor_parallel
+    dtype = serving.weight_dtype
+    heads = spec.num_heads / tp
+    kv_heads = max(1.0, spec.num_kv_heads / tp)
+    kv_bytes = BYTES_PER_ELEMENT[serving.kv_dtype]
+    windowed = spec.window_tokens is not None
+    kv_stat = "decode_window_kv_tokens" if windowed else "decode_kv_tokens"
+    pair_stat = "prefill_window_pairs" if windowed else "prefill_pairs"
+    if spec.kind == "mla":
+        nope = spec.head_dim - spec.qk_rope_head_dim
+        latent = spec.kv_lora_rank + spec.qk_rope_head_dim
+        if spec.q_lora_rank:
+            yield _gemm("qkv_proj", spec.q_lora_rank + latent, hidden, count, dtype)
+            yield _gemm("q_b_proj", heads * spec.head_dim, spec.q_lora_rank, count, dtype)
+        else:
+            yield _gemm("qkv_proj", heads * spec.head_dim + latent, hidden, count, dtype)
+        up_width = heads * (nope + spec.value_head_dim)
+        yield _gemm("kv_b_proj", up_width, spec.kv_lora_rank, count, dtype)
+        kv_elements = float(latent)
+        decode_flops = 2.0 * heads * (latent + spec.kv_lora_rank)
+    else:
+        qkv = heads * spec.head_dim + kv_heads * (spec.head_dim + spec.value_head_dim)
+        yield _gemm("qkv_proj", qkv, hidden, count, dtype)
+        kv_elements = kv_heads * (spec.head_dim + spec.value_head_dim)
+        decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
+    query = heads * spec.head_dim
+    output = heads * spec.value_head_dim
+    pair_flops = {pair_stat: 2.0 * heads * (spec.head_dim + spec.value_head_dim) * count}
+    yield _Operator(
+        name="attention_prefill",
+        op_class="attention_prefill",
+        compute_dtype="bf16",
+        calls=count,
+        flops=pair_flops,
+        executed_flops=pair_flops,
+    )
+    yield _Operator(
+        name="attention_decode",
+        op_class="attention_decode",
+        compute_dtype="bf16",
+        calls=count,
+        flops={kv_stat: decode_flops * count},
+        executed_flops={kv_stat: decode_flops * count},
+        hbm_bytes={kv_stat: kv_elements * kv_bytes * count},
+    )
+    # queries and outputs pass the attention kernel once; rotary reads and writes q and k
+    rotary = 2.0 * (query + kv_elements)
+    yield _elementwise("rotary_and_kv_write", (rotary + query + output) * 2.0, count, kernels=2)
+    yield _gemm("o_proj", hidden, output, count, dtype)
+
+
+def _elementwise(name: str, bytes_per_token: float, count: float, kernels: int) -> _Operator:
+    return _Operator(
+        name=name,
+        op_class="elementwise",
+        compute_dtype="bf16",
+        calls=count * kernels,
+        activation_bytes={"tokens": bytes_per_token * count},
+    )
+
+
+def _dense_mlp(
+    prefix: str, width: float, gated: bool, hidden: int, count: float, dtype: str
+) -> Iterator[_Operator]:
+    up = 2.0 * width if gated else width
+    yield _gemm(f"{prefix}up_proj", up, hidden, count, dtype)
+    yield _elementwise("activation", (up + width) * _ACTIVATION_BYTES, count, kernels=1)
+    yield _gemm(f"{prefix}down_proj", hidden, width, count, dtype)
+
+
+def _feed_forward(
+    model: ModelSpec, group: LayerGroup, serving: ServingConfig
+) -> Iterator[_Operator]:
+    spec, count, hidden, tp = (
+        group.feed_forward,
+        float(group.count),
+        model.hidden_size,
+        serving.tensor_parallel,
+    )
+    if isinstance(spec, MlpSpec):
+        width = spec.intermediate_size / tp
+        yield from _dense_mlp("", width, spec.gated, hidden, count, serving.weight_dtype)
+        return
+    yield _gemm("router", spec.num_experts, hidden, count, "bf16")
+    if spec.shared_intermediate_size:
+        width = spec.shared_intermediate_size / tp
+        yield from _dense_mlp("shared_", width, spec.gated, hidden, count, serving.weight_dtype)
+    dtype = model.expert_dtype or serving.weight_dtype
+    width = spec.expert_intermediate_size / tp
+    up = 2.0 * width if spec.gated else width
+    per_row = (up + width) * hidden
+    top_k = spec.experts_per_token
+    yield _Operator(
+        name="experts",
+        op_class="moe",
+        compute_dtype=compute_dtype(dtype),
+        calls=count,
+        flops={"tokens": 2.0 * per_row * top_k * count},
+        executed_flops={"expert_rows": 2.0 * per_row * count},
+        hbm_bytes={"distinct_experts": per_row * BYTES_PER_ELEMENT[dtype] * count},
+        # both GEMMs read and write their rows; then the top-k outputs are summed
+        activation_bytes={
+            "tokens": (hidden + up + width + 2.0 * hidden) * top_k * _ACTIVATION_BYTES * count
+        },
+    )
+    yield _elementwise("activation", (up + width) * top_k * _ACTIVATION_BYTES, count, kernels=1)
+    # softmax, top-k and the alignment of rows to tiles: small kernels over the router's logits
+    yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=4)
+
+
+def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
+    tp, hidden = serving.tensor_parallel, model.hidden_size
+    for group in model.layers:
+        count = float(group.count)
+        yield from _attention(group, hidden, serving)
+        yield from _feed_forward(model, group, serving)
+        norms = 1 if model.parallel_block else 2
+        # fused add and norm: reads input and residual, writes both
+        yield _elementwise("norm", norms * 4.0 * hidden * _ACTIVATION_BYTES, count, kernels=norms)
+        if tp > 1:
+            yield _all_reduce(hidden, tp, count)
+    yield _elementwise("embedding", 2.0 * hidden * _ACTIVATION_BYTES, 1.0, kernels=1)
+    if serving.pipeline_parallel > 1:
+        hops = float(serving.pipeline_parallel - 1)
+        yield _Operator(
+            name="pipeline_transfer",
+            op_class="communication",
+            compute_dtype="bf16",
+            calls=hops,
+            link_bytes={"tokens": hops * hidden * _ACTIVATION_BYTES},
+        )
+    vocab = model.vocab_size / tp
+    yield replace(_gemm("logits", vocab, hidden, 1.0, "bf16", per="rows"), name="logits")
+    yield _Operator(
+        name="sampling",
+        op_class="sampling",
+        compute_dtype="bf16",
+        calls=1.0,
+        activation_bytes={"rows": model.vocab_size * _LOGIT_PASSES_BYTES},
+    )
+
+
+def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:
+    # ring all-reduce after attention and after the MLP: 2 (n-1)/n of the buffer each way
+    sent = 2.0 * (tp - 1) / tp * hidden * _ACTIVATION_BYTES
+    return _Operator(
+        name="all_reduce",
+        op_class="communication",
+        compute_dtype="bf16",
+        calls=2.0 * count,
+        link_bytes={"tokens": 2.0 * sent * count},
+    )
+
+
+def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
+    """Coefficients of every operator of a step; operators of equal name and shape are merged."""
+    merged: dict[tuple[str, str, float], list[_Operator]] = {}
+    for op in _operators(model, serving):
+        merged.setdefault((op.name, op.compute_dtype, op.gemm_n), []).append(op)
+    groups = list(merged.values())
+
+    def coefficients(field: str) -> Array:
+        matrix = np.zeros((len(groups), len(STATS)))
+        for row, group in enumerate(groups):
+            for op in group:
+                for stat, value in (getattr(op, field) or {}).items():
+                    matrix[row, _STAT[stat]] += value
+        return matrix
+
+    return OperatorTable(
+        names=tuple(g[0].name for g in groups),
+        op_class=tuple(g[0].op_class for g in groups),
+        compute_dtype=tuple(g[0].compute_dtype for g in groups),
+        calls=np.array([sum(op.calls for op in g) for g in groups]),
+        gemm_n=np.array([g[0].gemm_n for g in groups]),
+        flops=coefficients("flops"),
+        executed_flops=coefficients("executed_flops"),
+        hbm_bytes=coefficients("hbm_bytes"),
+        activation_bytes=coefficients("activation_bytes"),
+        link_bytes=coefficients("link_bytes"),
+    )
+
+
+def distinct_experts(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
+    """Expected experts that at least one of `tokens` tokens chose, routing uniform.
+
+    E (1 - (1 - k/E)^T): each token leaves one given expert out with probability 1 - k/E.
+    """
+    share = experts_per_token / num_experts
+    result: Array = num_experts * -np.expm1(tokens * np.log1p(-min(share, 1.0 - 1e-12)))
+    return result
+
+
+def moe_tile_rows(tokens: Array, num_experts: int) -> Array:
+    """Rows of a tile of the fused expert kernel (vLLM's default configuration).
+
+    16 rows while there are no more tokens than experts, then 64, then 128 for large batches.
+    """
+    return np.where(tokens <= num_experts, 16.0, np.where(tokens <= 2048, 64.0, 128.0))
+
+
+def expert_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
+    """Expected rows of the fused expert kernel, each expert's rows padded to whole tiles.
+
+    B * E * sum_j P(n > j B), n ~ Binomial(T, k/E) taken as a normal whose tail is
+    approximated by the logistic 1 / (1 + exp(1.702 z)) (Bowling et al. 2009, error < 0.01);
+    the j = 0 term is the exact share of experts that are touched at all.
+    """
+    tile = moe_tile_rows(tokens, num_experts)
+    share = experts_per_token / num_experts
+    mean = tokens * share
+    deviation = np.sqrt(np.maximum(mean * (1.0 - share), 1e-12))
+    tiles = distinct_experts(tokens, num_experts, experts_per_token) / num_experts
+    most = int(np.max((mean + 4.0 * deviation) / tile, initial=0.0)) + 1
+    for j in range(1, most + 1):
+        z = np.clip((j * tile + 0.5 - mean) / deviation, -40.0, 40.0)
+        tiles = tiles + 1.0 / (1.0 + np.exp(1.702 * z))
+    result: Array = np.maximum(tiles * tile * num_experts, tokens * experts_per_token)
+    return result
+
+
+def step_stats(model: ModelSpec, **stats: Array | float) -> Array:
+    """Rows of statistics (steps, len(STATS)) from named columns; experts are derived.
+
+    `tokens` decides `distinct_experts` and `expert_rows` unless they are given.
+    """
+    columns = {name: np.atleast_1d(np.asarray(value, dtype=float)) for name, value in stats.items()}
+    length = max(len(c) for c in columns.values())
+    matrix = np.zeros((length, len(STATS)))
+    matrix[:, 0] = 1.0
+    for name, value in columns.items():
+        matrix[:, _STAT[name]] = value
+    moe = moe_spec(model)
+    if moe is not None and "distinct_experts" not in stats:
+        tokens = matrix[:, _STAT["tokens"]]
+        chosen = (moe.num_experts, moe.experts_per_token)
+        matrix[:, _STAT["distinct_experts"]] = distinct_experts(tokens, *chosen)
+        matrix[:, _STAT["expert_rows"]] = expert_rows(tokens, *chosen)
+    return matrix
+
+
+def moe_spec(model: ModelSpec) -> MoeSpec | None:
+    """The model's expert block, None for dense models."""
+    for group in model.layers:
+        if isinstance(group.feed_forward, MoeSpec):
+            return group.feed_forward
+    return None
+
+
+def window_tokens(model: ModelSpec) -> int:
+    """The model's sliding window [tokens]; 0 where every layer sees the whole context."""
+    windows = {g.attention.window_tokens for g in model.layers if g.attention.window_tokens}
+    return max(windows, default=0)
+
+
+def kv_bytes_per_token(model: ModelSpec, serving: ServingConfig) -> float:
+    """KV cache of one token on one GPU [B], all layers of its pipeline stage."""
+
+    def elements(spec: AttentionSpec) -> float:
+        if spec.kind == "mla":
+            return float(spec.kv_lora_rank + spec.qk_rope_head_dim)
+        heads = max(1.0, spec.num_kv_heads / serving.tensor_parallel)
+        return heads * (spec.head_dim + spec.value_head_dim)
+
+    total = sum(g.count * elements(g.attention) for g in model.layers)
+    return total * BYTES_PER_ELEMENT[serving.kv_dtype] / serving.pipeline_parallel
+
+
+def weight_bytes(model: ModelSpec, serving: ServingConfig) -> float:
+    """Weights held by one GPU [B]: every expert, the embeddings once more where not tied."""
+    table = operator_table(model, serving)
+    moe = moe_spec(model)
+    everything = np.zeros(len(STATS))
+    everything[_STAT["one"]] = 1.0
+    everything[_STAT["distinct_experts"]] = moe.num_experts if moe else 0.0
+    weights = float((table.hbm_bytes @ everything).sum())
+    embedding = 0.0 if model.tied_embeddings else model.vocab_size * model.hidden_size * 2.0
+    return weights / serving.pipeline_parallel + embedding / serving.tensor_parallel
+
+
+def request_flops(
+    model: ModelSpec, input_tokens: Array, output_tokens: Array
+) -> tuple[Array, Array]:
+    """Useful FLOPs of whole requests: (all, those of the output tokens alone), on one GPU.
+
+    A request of I input and O output tokens runs I + O - 1 tokens through the layers, O rows
+    of logits, and attention over (I + O - 1)(I + O) / 2 query-key pairs.
+    """
+    table = operator_table(model, ServingConfig())
+    flops = table.flops.sum(axis=0)
+    inputs, outputs = np.asarray(input_tokens, float), np.asarray(output_tokens, float)
+    window = float(window_tokens(model)) or np.inf
+
+    def pairs(length: Array, limit: float) -> Array:
+        short = np.minimum(length, limit)
+        below: Array = short * (short + 1.0) / 2.0
+        return below if np.isinf(limit) else below + (length - short) * limit
+
+    def run(tokens: Array, rows: Array, first: Array) -> Array:
+        last = first + tokens
+        full = pairs(last, np.inf) - pairs(first, np.inf)
+        cut = pairs(last, window) - pairs(first, window)
+        total: Array = (
+            tokens * flops[_STAT["tokens"]]
+            + rows * flops[_STAT["rows"]]
+            + full * flops[_STAT["prefill_pairs"]]
+            + cut * flops[_STAT["prefill_window_pairs"]]
+        )
+        return total
+
+    prefill = run(inputs, np.minimum(outputs, 1.0), np.zeros_like(inputs))
+    decode = run(outputs - 1.0, outputs - 1.0, inputs)
+    # without the prompt every output token is one pass at its context, the first included
+    output_alone = run(outputs, outputs, np.maximum(inputs - 1.0, 0.0))
+    return prefill + decode, output_alone

@@ -1,0 +1,109 @@
+"""The result of a prediction: one frozen dataclass, and its JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Percentiles over the requests [s]."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BinEnergy:
+    """Energy of the requests of one bin. Bounds are inclusive, in tokens."""
+
+    input_low: int
+    input_high: int
+    output_low: int
+    output_high: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    mean_input_tokens: float
+    mean_output_tokens: float
+    energy_joules: float
+    """Active energy of the bin's requests and their share of the idle energy [J]."""
+    energy_joules_low: float
+    energy_joules_high: float
+    active_joules: float
+    joules_per_request: float
+    naive_flops_tdp_joules: float
+    """The bin's FLOPs x TDP / peak [J]."""
+    underestimate_factor: float
+    """energy_joules / naive_flops_tdp_joules [-]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Energy, time and latency of a workload, and what the naive estimates say.
+
+    Energy and wall time run from the first arrival to the last completion, idle time between
+    requests included. Energies are of the GPU boards; `facility_joules` multiplies by the PUE.
+    """
+
+    inputs: Mapping[str, Any]
+    """Every setting the prediction rests on, defaults resolved."""
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    energy_joules: float
+    """Total, active and idle [J]."""
+    energy_joules_low: float
+    energy_joules_high: float
+    interval_level: float
+    """Probability that the interval is meant to hold with [-]."""
+    active_joules: float
+    """While at least one request is in flight [J]."""
+    idle_joules: float
+    """While none is, on any replica [J]."""
+    prefill_joules: float
+    decode_joules: float
+    by_component_joules: Mapping[str, float]
+    """base (SMs powered), flops, onchip, hbm, link, host_wait (GPU waits for the host), idle."""
+    by_operator_joules: Mapping[str, float]
+    wall_seconds: float
+    busy_seconds: float
+    """With requests in flight, summed over the replicas [s]."""
+    average_watts: float
+    gpus: int
+    replicas: int
+    joules_per_request: float
+    joules_per_output_token: float
+    naive: Mapping[str, float]
+    """Energy by each naive rule, keys end in `_joules` [J]."""
+    underestimate_factor: Mapping[str, float]
+    """energy_joules over each naive rule [-]."""
+    naive_explanations: Mapping[str, str]
+    """What each rule leaves out, one line each."""
+    ttft_seconds: Percentiles
+    """Arrival to first token."""
+    tpot_seconds: Percentiles
+    """Mean time between a request's tokens after its first; requests of one token left out."""
+    e2e_seconds: Percentiles
+    """Arrival to last token."""
+    steps: int
+    preemptions: int
+    facility_joules: float
+    """energy_joules x PUE [J]."""
+    carbon_grams: float | None
+    """CO2-equivalent at the grid's intensity [g]; None where no grid was given."""
+    bins: tuple[BinEnergy, ...]
+    excluded_requests: Mapping[str, int]
+    """Requests a binning leaves out, by reason."""
+    provenance: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as in the JSON output."""
+        return asdict(self)

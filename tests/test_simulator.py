@@ -1,0 +1,193 @@
+"""The compiled simulator against the plain one, and what any scheduler must obey."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_simulator import as_arrays
+from reference_simulator import simulate as simulate_plainly
+from shapes import calibration, gpu, tiny
+
+from energymodel.costs import CostTables, cost_tables, operator_joules
+from energymodel.simulator import Simulation, simulate
+from energymodel.specs import ModelSpec, ServingConfig
+
+SMALL = ServingConfig(max_batch=4, max_step_tokens=64, graph_batch_sizes=(1, 2, 4, 8, 16))
+
+lengths = st.integers(1, 200)
+requests = st.lists(
+    st.tuples(st.floats(0, 0.2, allow_nan=False), lengths, st.integers(1, 60)),
+    min_size=1,
+    max_size=8,
+)
+
+
+def run(
+    model: ModelSpec,
+    triples: list[tuple[float, int, int]],
+    serving: ServingConfig = SMALL,
+    *,
+    blocks: int | None = None,
+    jump: bool = True,
+    cap: float = 1e6,
+) -> tuple[Simulation, CostTables]:
+    costs = cost_tables(model, serving, gpu(), calibration(power_cap_watts=cap))
+    if blocks is not None:
+        batch, tokens, _, size, window = costs.config
+        costs = CostTables(
+            **{name: getattr(costs, name) for name in CostTables.__slots__ if name != "config"},
+            config=(batch, tokens, blocks, size, window),
+        )
+    arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
+    result = simulate(arrivals.astype(float), inputs, outputs, costs, jump=jump)
+    assert result is not None
+    return result, costs
+
+
+def ordered(triples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    triples = sorted(triples, key=lambda t: t[0])
+    start = triples[0][0]
+    return [(a - start, i, o) for a, i, o in triples]
+
+
+@pytest.mark.parametrize("stack", ["vllm", "vllm-eager"])
+@pytest.mark.parametrize("shape", ["dense", "experts", "window"])
+@settings(max_examples=15)
+@given(triples=requests)
+def test_equals_the_plain_simulator(
+    stack: str, shape: str, triples: list[tuple[float, int, int]]
+) -> None:
+    model = {"dense": tiny(), "experts": tiny(experts=8), "window": tiny(window=50)}[shape]
+    serving = ServingConfig(
+        stack=stack,  # type: ignore[arg-type]
+        max_batch=4,
+        max_step_tokens=64,
+        graph_batch_sizes=(1, 2, 4, 8, 16),
+    )
+    triples = ordered(triples)
+    # blocks for the longest request and a little more: preemption happens
+    blocks = max(-(-(i + o) // 16) for _, i, o in triples) + 6
+    result, _ = run(model, triples, serving, blocks=blocks)
+    arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
+    expected = simulate_plainly(
+        arrivals,
+        inputs,
+        outputs,
+        model=model,
+        serving=serving,
+        gpu=gpu(),
+        calibration=calibration(),
+        blocks=blocks,
+    )
+    first, finish = as_arrays(expected, len(triples))
+    assert result.totals["steps"] == expected.steps
+    assert result.totals["preemptions"] == expected.preemptions
+    np.testing.assert_allclose(result.first_token_seconds, first, rtol=1e-9)
+    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-9)
+    np.testing.assert_allclose(result.totals["idle_seconds"], expected.idle_seconds, atol=1e-9)
+    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+
+
+@given(triples=requests)
+def test_jumping_changes_nothing(triples: list[tuple[float, int, int]]) -> None:
+    triples = ordered(triples)
+    fast, _ = run(tiny(window=50), triples)
+    slow, _ = run(tiny(window=50), triples, jump=False)
+    np.testing.assert_allclose(fast.finish_seconds, slow.finish_seconds, rtol=1e-9)
+    np.testing.assert_allclose(fast.request_joules, slow.request_joules, rtol=1e-4)
+    for name, value in slow.totals.items():
+        assert fast.totals[name] == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+@given(triples=requests)
+def test_requests_share_out_the_active_energy(triples: list[tuple[float, int, int]]) -> None:
+    result, _ = run(tiny(experts=8), ordered(triples))
+    active = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    assert result.request_joules.sum() == pytest.approx(active, rel=1e-9)
+    assert (result.request_joules > 0).all()
+
+
+@given(triples=requests)
+def test_operators_add_up_to_the_active_energy(triples: list[tuple[float, int, int]]) -> None:
+    fitted = calibration()
+    model = tiny(experts=8, window=50)
+    result, _ = run(model, ordered(triples))
+    operators = operator_joules(
+        model,
+        SMALL,
+        gpu(),
+        fitted,
+        token_steps=result.token_steps,
+        row_steps=result.row_steps,
+        attention_sums=result.attention_sums,
+        phase_steps=result.phase_steps,
+    )
+    total = sum(sum(parts.values()) for parts in operators.values())
+    waiting = fitted.base_watts * result.totals["wait_seconds"]
+    active = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    assert total + waiting == pytest.approx(active, rel=1e-9)
+
+
+@given(triples=requests, order=st.randoms())
+def test_order_of_equal_simultaneous_requests_does_not_matter(
+    triples: list[tuple[float, int, int]], order: object
+) -> None:
+    same = [(0.0, triples[0][1], triples[0][2])] * len(triples)
+    result, _ = run(tiny(), same)
+    steps_of_one_batch = sorted(result.finish_seconds)
+    assert steps_of_one_batch == list(result.finish_seconds)
+
+
+def test_more_output_tokens_cost_more() -> None:
+    joules = [
+        run(tiny(), [(0.0, 100, outputs)] * 3)[0].request_joules.sum() for outputs in (1, 2, 8, 50)
+    ]
+    assert joules == sorted(joules)
+    assert joules[0] < joules[-1]
+
+
+def test_one_request_alone_is_prefill_and_then_one_step_a_token() -> None:
+    result, costs = run(tiny(), [(0.0, 40, 11)])
+    assert result.totals["steps"] == 1 + 10
+    assert result.finish_seconds[0] > result.first_token_seconds[0]
+    # 40 tokens pass no captured graph (the largest is 16): the host launches kernels one by one
+    eager, per_sequence = costs.host[2], costs.host[3]
+    gap, prefill_gap, per_prompt = costs.host[4], costs.host[6], costs.host[7]
+    expected = eager + per_sequence + per_prompt + gap + prefill_gap
+    assert result.first_token_seconds[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_power_limit_holds_and_stretches_time() -> None:
+    triples = [(0.0, 200, 50)] * 4
+    free, _ = run(tiny(), triples)
+    seconds = free.totals["gpu_seconds"]
+    watts = (free.totals["prefill_joules"] + free.totals["decode_joules"]) / free.totals["now"]
+    cap = 0.5 * (watts + 120.0)
+    capped, _ = run(tiny(), triples, cap=cap)
+    assert capped.totals["gpu_seconds"] > seconds
+    joules = capped.totals["prefill_joules"] + capped.totals["decode_joules"]
+    assert joules / capped.totals["now"] <= cap * (1 + 1e-6)
+
+
+def test_static_batches_run_to_the_longest_output() -> None:
+    costs = cost_tables(
+        tiny(), ServingConfig(stack="transformers", max_batch=2), gpu(), calibration()
+    )
+    result = simulate(
+        np.zeros(3), np.array([10, 20, 30]), np.array([5, 50, 1]), costs, static_batches=True
+    )
+    assert result is not None
+    assert result.totals["steps"] == 50 + 1
+    assert result.finish_seconds[0] < result.finish_seconds[1] < result.finish_seconds[2]
+
+
+def test_gives_up_when_requests_wait_too_long() -> None:
+    costs = cost_tables(tiny(), SMALL, gpu(), calibration())
+    arrivals = np.arange(2000) * 1e-5
+    assert (
+        simulate(arrivals, np.full(2000, 200), np.full(2000, 50), costs, abandon_seconds=0.001)
+        is None
+    )
