@@ -1,0 +1,311 @@
+"""What a serving measurement runs: the plan file, its cases, and the requests of each case.
+
+A plan is a JSON file::
+
+    {
+      "name": "h200_a", "gpu_index": 0, "window_seconds": 2.5, "seed": 0,
+      "engine": {"max_num_seqs": 256},
+      "case_sets": {
+        "static": [{"input_tokens": 128, "output_tokens": 32, "batch": 8}],
+        "conv": [{"kind": "trace", "trace": "conv.csv", "arrivals": "own", "first": 100}]
+      },
+      "runs": [{"model": "llama-3.1-8b", "stack": "vllm", "budget_seconds": 150,
+                "case_sets": ["static", "conv"]}]
+    }
+
+`engine` holds arguments of vLLM's `LLM` class, for all runs or for one. `budget_seconds` is
+what a run is sure to get; time that earlier runs leave goes to the next one. A trace is a CSV
+with the columns arrival_seconds, input_tokens, output_tokens, its path relative to the plan.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energymodel.datafiles import data_path
+from energymodel.errors import ConfigurationError, TraceError, unknown_name
+
+STACKS = ("vllm", "vllm-eager", "transformers")
+KINDS = ("static", "trace", "idle", "experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One thing to measure in an engine that is up."""
+
+    kind: str = "static"
+    """`static`: one batch of equal requests; `trace`: requests of a file; `idle`: no work;
+    `experts`: how many experts a step touches (not metered)."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    batch: int = 0
+    trace: str = ""
+    """CSV file of a `trace` case, relative to the plan."""
+    first: int = 0
+    """Requests of the trace to use; 0 = all."""
+    arrivals: str = "offline"
+    """`own`: the trace's arrival times divided by `speed`; `offline`: all at once."""
+    speed: float = 1.0
+    max_total_tokens: int = 0
+    """Requests with more input and output tokens are left out (and counted); 0 = none are."""
+    state: str = "context"
+    """Idle state: `context` (the process sleeps) or `polling` (it asks the engine for work)."""
+    seconds: float = 2.0
+    """Length of an idle case."""
+    batches: tuple[int, ...] = ()
+    """Batch sizes of an `experts` case."""
+
+    @property
+    def name(self) -> str:
+        """Short unique name of the case within its run."""
+        if self.kind == "static":
+            return f"static-i{self.input_tokens}-o{self.output_tokens}-b{self.batch}"
+        if self.kind == "trace":
+            rate = f"x{self.speed:g}" if self.arrivals == "own" else "offline"
+            return f"trace-{Path(self.trace).stem}-{self.first or 'all'}-{rate}"
+        return f"idle-{self.state}" if self.kind == "idle" else "experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRun:
+    """One engine process: a model on a stack, and its cases in the order of their worth."""
+
+    model: str
+    """Name of a file in `profiles/models`, or path of a `config.json`."""
+    stack: str
+    budget_seconds: float
+    cases: tuple[Case, ...]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for vLLM's `LLM` class beside the defaults."""
+    weights: str = "normal"
+    """`normal`: as a model is before training; `dummy`: the engine's own random weights."""
+
+    @property
+    def name(self) -> str:
+        """Model and stack."""
+        return f"{Path(self.model).name.removesuffix('.json')}/{self.stack}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A list of engine runs, one after another on one GPU."""
+
+    name: str
+    runs: tuple[EngineRun, ...]
+    folder: Path
+    """Folder of the plan file; traces are relative to it."""
+    gpu_index: int = 0
+    window_seconds: float = 2.5
+    """A short case is repeated back to back until it has lasted this long."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Requests of one case; arrays of equal length, ordered by arrival."""
+
+    arrival_seconds: NDArray[np.float64]
+    input_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    left_out: int = 0
+    """Requests of the trace that were too long for the case's limit."""
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.arrival_seconds)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan file.
+
+    Raises
+    ------
+    ConfigurationError
+        If the file cannot be read or a field of it makes no sense; names the field.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read the plan {path}: {error}") from error
+    where = str(path)
+    _check_fields(
+        raw,
+        {"name", "gpu_index", "window_seconds", "seed", "engine", "case_sets", "runs", "comment"},
+        where,
+    )
+    case_sets = {
+        name: tuple(
+            _case(entry, f"{where}, case set '{name}', case {i}") for i, entry in enumerate(entries)
+        )
+        for name, entries in _get(raw, "case_sets", where).items()
+    }
+    runs = tuple(
+        _run(entry, case_sets, raw.get("engine", {}), f"{where}, run {i}")
+        for i, entry in enumerate(_get(raw, "runs", where))
+    )
+    if not runs:
+        raise ConfigurationError(f"{where}: 'runs' is empty; give at least one")
+    return Plan(
+        name=raw.get("name", path.stem),
+        runs=runs,
+        folder=path.resolve().parent,
+        gpu_index=int(raw.get("gpu_index", 0)),
+        window_seconds=float(
+            raw.get("window_seconds", Plan.__dataclass_fields__["window_seconds"].default)
+        ),
+        seed=int(raw.get("seed", 0)),
+    )
+
+
+def _get(raw: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in raw:
+        raise ConfigurationError(f"{where}: field '{key}' is missing; add it")
+    return raw[key]
+
+
+def _check_fields(raw: object, known: Iterable[str], where: str) -> None:
+    if not isinstance(raw, dict):
+        raise ConfigurationError(f"{where}: expected an object with named fields, got {raw!r}")
+    for key in raw:
+        if key not in known:
+            raise ConfigurationError(f"{where}: {unknown_name('field', key, known)}")
+
+
+def _case(raw: dict[str, Any], where: str) -> Case:
+    _check_fields(raw, [f.name for f in fields(Case)], where)
+    case = Case(**{**raw, "batches": tuple(raw.get("batches", ()))})
+    if case.kind not in KINDS:
+        raise ConfigurationError(f"{where}: {unknown_name('kind', case.kind, KINDS)}")
+    if case.kind == "static" and min(case.input_tokens, case.output_tokens, case.batch) < 1:
+        raise ConfigurationError(
+            f"{where}: a static case needs input_tokens, output_tokens and batch of at least 1"
+        )
+    if case.kind == "trace" and (not case.trace or case.arrivals not in ("own", "offline")):
+        raise ConfigurationError(
+            f"{where}: a trace case needs 'trace' (a CSV) and 'arrivals' own or offline"
+        )
+    if case.kind == "idle" and case.state not in ("context", "polling"):
+        raise ConfigurationError(f"{where}: 'state' of an idle case is context or polling")
+    if case.kind == "experts" and not case.batches:
+        raise ConfigurationError(f"{where}: an experts case needs 'batches', a list of sizes")
+    if case.speed <= 0:
+        raise ConfigurationError(f"{where}: 'speed' must be above 0, not {case.speed:g}")
+    return case
+
+
+def _run(
+    raw: dict[str, Any],
+    case_sets: Mapping[str, tuple[Case, ...]],
+    engine: Mapping[str, Any],
+    where: str,
+) -> EngineRun:
+    _check_fields(raw, [*(f.name for f in fields(EngineRun)), "case_sets"], where)
+    cases: list[Case] = []
+    for name in _get(raw, "case_sets", where):
+        if name not in case_sets:
+            raise ConfigurationError(f"{where}: {unknown_name('case set', name, case_sets)}")
+        cases.extend(case_sets[name])
+    run = EngineRun(
+        model=_get(raw, "model", where),
+        stack=_get(raw, "stack", where),
+        budget_seconds=float(_get(raw, "budget_seconds", where)),
+        cases=tuple(cases),
+        engine={**engine, **raw.get("engine", {})},
+        weights=raw.get("weights", "normal"),
+    )
+    if run.stack not in STACKS:
+        raise ConfigurationError(f"{where}: {unknown_name('stack', run.stack, STACKS)}")
+    if run.weights not in ("normal", "dummy"):
+        raise ConfigurationError(f"{where}: 'weights' is normal or dummy, not '{run.weights}'")
+    return run
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """Fields of a model's `config.json`, with bf16 weights; the profile's own notes stripped.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such model; lists those that ship.
+    """
+    path = Path(model) if model.endswith(".json") else data_path("models", f"{model}.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = [p.stem for p in data_path("models").glob("*.json")]
+        raise ConfigurationError(unknown_name("model", model, known)) from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read the model config {path}: {error}") from error
+    config = {key: value for key, value in raw.items() if not key.startswith("_")}
+    config.pop("dtype", None)
+    config["torch_dtype"] = "bfloat16"
+    return config
+
+
+def requests_of(case: Case, folder: Path) -> Requests:
+    """Requests of a static or trace case, ordered by arrival, the first one at time 0.
+
+    Raises
+    ------
+    TraceError
+        If the trace cannot be read or holds no usable request.
+    """
+    if case.kind == "static":
+        return Requests(
+            np.zeros(case.batch),
+            np.full(case.batch, case.input_tokens),
+            np.full(case.batch, case.output_tokens),
+        )
+    arrival, inputs, outputs = _read_trace(folder / case.trace)
+    fits = np.ones(len(arrival), dtype=bool)
+    if case.max_total_tokens:
+        fits = inputs + outputs <= case.max_total_tokens
+    count = case.first or len(arrival)
+    kept = np.flatnonzero(fits)[:count]
+    if len(kept) == 0:
+        raise TraceError(
+            f"{case.trace}: no request has at most {case.max_total_tokens} tokens; "
+            "raise max_total_tokens"
+        )
+    seconds = (arrival[kept] - arrival[kept[0]]) / case.speed
+    return Requests(
+        seconds if case.arrivals == "own" else np.zeros(len(kept)),
+        inputs[kept],
+        outputs[kept],
+        left_out=int(np.count_nonzero(~fits[: kept[-1]])),
+    )
+
+
+def _read_trace(
+    path: Path,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    columns = ("arrival_seconds", "input_tokens", "output_tokens")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise TraceError(f"cannot read the trace {path}: {error}") from error
+    values = np.zeros((len(rows), len(columns)))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            try:
+                values[i, j] = float(row[column])
+            except (KeyError, TypeError, ValueError) as error:
+                raise TraceError(
+                    f"{path}, row {i + 2}, column {column}: expected a number, "
+                    f"got {row.get(column)!r}"
+                ) from error
+            if not 0 <= values[i, j] < float("inf") or (j and values[i, j] < 1):
+                raise TraceError(
+                    f"{path}, row {i + 2}, column {column}: {row[column]} is out of range"
+                )
+    values = values[np.argsort(values[:, 0], kind="stable")]
+    return values[:, 0], values[:, 1].astype(np.int64), values[:, 2].astype(np.int64)

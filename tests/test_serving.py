@@ -1,0 +1,538 @@
+"""The serving measurement with a simulated GPU, a simulated vLLM and stand-in processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import types
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration import serving, serving_engine
+from calibration.serving import append_record, metered, run_cases, run_plan
+from calibration.serving_engine import RunLog, TimeUpError, VllmEngine
+from calibration.serving_plan import (
+    Case,
+    EngineRun,
+    Plan,
+    Requests,
+    load_plan,
+    model_config,
+    requests_of,
+)
+from calibration.windows import Reading, Window, read_jsonl
+from energymodel.errors import ConfigurationError, TraceError
+
+IDLE_WATTS = 110.0
+ACTIVE_WATTS = 620.0
+TICK_SECONDS = 0.1
+
+
+class World:
+    """A clock, a GPU with two power states, and a counter that ticks and lags."""
+
+    def __init__(self, now: float = 3.0, lag_seconds: float = 0.0) -> None:
+        self.now = now
+        self.lag_seconds = lag_seconds
+        self.active: list[tuple[float, float]] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def work(self, seconds: float) -> None:
+        self.active.append((self.now, self.now + seconds))
+        self.now += seconds
+
+    def energy(self, until: float) -> float:
+        busy = sum(min(end, until) - start for start, end in self.active if start < until)
+        return IDLE_WATTS * (until - busy) + ACTIVE_WATTS * busy
+
+    def next_tick(self) -> Reading:
+        self.now = (np.floor(self.now / TICK_SECONDS + 1e-9) + 1) * TICK_SECONDS
+        energy = self.energy(self.now - self.lag_seconds)
+        return Reading(time_seconds=self.now, energy_joules=(energy,))
+
+
+class WorldMeter:
+    """The meter's interface over a `World`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.opened: tuple[str, Reading] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {"gpus": [{"name": "simulated"}]}
+
+    def wait_tick(self) -> Reading:
+        return self.world.next_tick()
+
+    def begin(self, name: str, *, align: bool = True, keep_busy: Any = None) -> None:
+        assert self.opened is None
+        self.opened = name, self.wait_tick()
+
+    def end(self, *, align: bool = True, keep_busy: Any = None) -> Window:
+        assert self.opened is not None
+        (name, first), last = self.opened, self.wait_tick()
+        self.opened = None
+        return Window(
+            name=name,
+            start_seconds=first.time_seconds,
+            end_seconds=last.time_seconds,
+            started_unix_seconds=0.0,
+            duration_seconds=last.time_seconds - first.time_seconds,
+            energy_joules=(last.energy_joules[0] - first.energy_joules[0],),
+            energy_method="counter",
+            edge_uncertainty_seconds=0.001,
+            instant_mean_watts=None,
+            instant_std_watts=None,
+            instant_drift_watts=None,
+            sample_count=0,
+            sm_clock_hz=1.98e9,
+            throttle_shares={},
+            power_capped=False,
+            states_before=(),
+            states_after=(),
+            other_processes=0,
+            notes=(),
+            valid=True,
+            invalid_reason="",
+        )
+
+    def abandon(self) -> None:
+        self.opened = None
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return in_world(monkeypatch, World())
+
+
+def in_world(monkeypatch: pytest.MonkeyPatch, world: World) -> World:
+    for module in (serving, serving_engine):
+        monkeypatch.setattr(module, "clock", world.clock)
+        monkeypatch.setattr(
+            module, "time", types.SimpleNamespace(sleep=world.sleep, time=lambda: 0.0)
+        )
+    return world
+
+
+class StepEngine:
+    """Takes 0.3 s for a batch; can be told to fail."""
+
+    def __init__(self, world: World, seconds: float = 0.3) -> None:
+        self.world = world
+        self.seconds = seconds
+        self.served: list[int] = []
+
+    def prepare(self, requests: Requests, prompts: list[list[int]]) -> Any:
+        if len(requests) == 13:
+            raise ConfigurationError("thirteen")
+        assert [len(p) for p in prompts] == requests.input_tokens.tolist()
+        return requests
+
+    def run(self, prepared: Requests, stop_at: float) -> RunLog:
+        if self.world.now > stop_at:
+            raise TimeUpError("time was up")
+        start, tokens = self.world.now, int(prepared.output_tokens[0])
+        self.world.work(self.seconds)
+        self.served.append(len(prepared))
+        ends = np.linspace(0, self.seconds, tokens + 1)[1:]
+        batch = np.full(tokens, len(prepared))
+        return RunLog(
+            start_seconds=start,
+            end_seconds=self.world.now,
+            add_seconds=0.0,
+            ttft_seconds=np.full(len(prepared), ends[0]),
+            finish_seconds=np.full(len(prepared), self.seconds),
+            step_end_seconds=ends,
+            step_tokens=np.concatenate([[prepared.input_tokens.sum()], batch[1:]]),
+            step_sequences=batch,
+        )
+
+    def poll(self) -> None:
+        self.world.sleep(0.001)
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+def a_plan(**changes: Any) -> Plan:
+    return Plan(**{"name": "t", "runs": (), "folder": Path(), "window_seconds": 2.5, **changes})
+
+
+def outcomes(engine: Any, world: World, *cases: Case, deadline: float = 1e9) -> list[Any]:
+    records: list[dict[str, Any]] = []
+    run = EngineRun(model="m", stack="vllm", budget_seconds=1, cases=cases)
+    run_cases(
+        engine,
+        WorldMeter(world),
+        run,
+        a_plan(),
+        vocab_size=100,
+        deadline=deadline,
+        write=records.append,
+    )
+    return records
+
+
+# -- metering -------------------------------------------------------------------------
+
+
+@given(
+    phase=st.floats(0, 0.1),
+    durations=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4),
+    lag=st.floats(0, serving.COUNTER_LAG_SECONDS),
+)
+def test_energy_is_that_of_the_work_wherever_it_falls_between_ticks(
+    phase: float, durations: list[float], lag: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world = in_world(patch, World(5.0 + phase, lag))
+        engine = StepEngine(world)
+
+        def work() -> list[RunLog]:
+            logs = []
+            for seconds in durations:
+                engine.seconds = seconds
+                logs.append(engine.run(requests_of(Case(batch=1, output_tokens=1), Path()), 1e9))
+            return logs
+
+        result = metered(WorldMeter(world), "w", work)
+    assert result["active_seconds"] == pytest.approx(sum(durations))
+    assert result["tail_watts"] == pytest.approx(IDLE_WATTS)
+    assert result["joules"] == pytest.approx(ACTIVE_WATTS * sum(durations), rel=1e-6)
+
+
+def test_a_short_case_repeats_until_the_window_is_full(world: World) -> None:
+    engine = StepEngine(world)
+    (record,) = outcomes(engine, world, Case(input_tokens=7, output_tokens=5, batch=4))
+    assert record["kind"] == "run"
+    assert record["repeats"] == 9  # 9 x 0.3 s >= 2.5 s
+    assert len(engine.served) == 10  # and one warm-up
+    assert record["seconds_per_repeat"] == pytest.approx(0.3)
+    assert record["joules_per_repeat"] == pytest.approx(0.3 * ACTIVE_WATTS)
+    assert record["input_tokens"] == 28
+    assert record["output_tokens"] == 20
+    assert record["scheduled_tokens_per_repeat"] == 28 + 4 * 4
+    assert record["decode_step_seconds"]["p50"] == pytest.approx(0.06)
+    assert record["ttft_seconds"]["p50"] == pytest.approx(0.06)
+    assert record["tpot_seconds"]["p90"] == pytest.approx(0.06)
+    assert record["steps"]["tokens"].tolist() == [28, 4, 4, 4, 4]
+    assert record["window"]["valid"] is True
+
+
+def test_a_single_output_token_has_no_tpot_and_no_decode_step(world: World) -> None:
+    (record,) = outcomes(StepEngine(world), world, Case(input_tokens=7, output_tokens=1, batch=4))
+    assert record["tpot_seconds"] is None
+    assert record["decode_step_seconds"] is None
+
+
+def test_one_failing_case_does_not_end_the_others(world: World) -> None:
+    cases = [Case(input_tokens=3, output_tokens=2, batch=b) for b in (1, 13, 2)]
+    records = outcomes(StepEngine(world), world, *cases)
+    assert [r["kind"] for r in records] == ["run", "error", "run"]
+    assert records[1]["error"] == "ConfigurationError: thirteen"
+
+
+def test_cases_beyond_the_deadline_are_recorded_as_skipped(world: World) -> None:
+    cases = [Case(input_tokens=3, output_tokens=2, batch=b) for b in (1, 2, 3)]
+    records = outcomes(StepEngine(world), world, *cases, deadline=world.now + 5.0)
+    assert [r["kind"] for r in records] == ["run", "skipped", "skipped"]
+    records = outcomes(StepEngine(world, 30.0), world, *cases[:2], deadline=world.now + 20.0)
+    assert "time was up" in records[0]["reason"]
+
+
+def test_idle_states_are_metered_as_power(world: World) -> None:
+    records = outcomes(
+        StepEngine(world),
+        world,
+        Case(kind="idle", state="context"),
+        Case(kind="idle", state="polling"),
+    )
+    assert [r["case_name"] for r in records] == ["idle-context", "idle-polling"]
+    assert [r["watts"] for r in records] == pytest.approx([IDLE_WATTS, IDLE_WATTS])
+
+
+# -- the vLLM engine ------------------------------------------------------------------
+
+
+class FakeVllm:
+    """As much of vLLM as the engine uses: one token a request and step, results a step late."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.waiting: list[list[Any]] = []
+        self.in_flight: deque[Any] = deque()
+        self.aborted: list[str] = []
+        self.arguments: dict[str, Any] = {}
+        self.scheduler = types.SimpleNamespace(update_from_output=self._update)
+        core = types.SimpleNamespace(scheduler=self.scheduler)
+        self.engine_core = types.SimpleNamespace(engine_core=core)
+        model = types.SimpleNamespace(max_model_len=64)
+        self.vllm_config = types.SimpleNamespace(model_config=model)
+        self.llm_engine = self
+
+    def modules(self) -> dict[str, types.ModuleType]:
+        vllm, sampling = types.ModuleType("vllm"), types.ModuleType("vllm.sampling_params")
+
+        def llm(model: str, **arguments: Any) -> FakeVllm:
+            self.arguments = arguments
+            return self
+
+        vllm.LLM = llm  # type: ignore[attr-defined]
+        vllm.SamplingParams = types.SimpleNamespace  # type: ignore[attr-defined]
+        sampling.RequestOutputKind = types.SimpleNamespace(FINAL_ONLY=2)  # type: ignore[attr-defined]
+        return {"vllm": vllm, "vllm.sampling_params": sampling}
+
+    def add_request(self, name: str, prompt: Any, params: Any) -> str:
+        self.world.sleep(0.001)
+        self.waiting.append([f"{name}-abcd", len(prompt["prompt_token_ids"]), params.max_tokens])
+        return f"{name}-abcd"
+
+    def step(self) -> list[Any]:
+        batch = {r[0]: (r[1] if r[1] else 1) for r in self.waiting if r[2] > 0}
+        for r in self.waiting:
+            r[1], r[2] = 0, r[2] - 1
+        last = {r[0] for r in self.waiting if r[2] == 0}
+        self.waiting = [r for r in self.waiting if r[2] > 0]
+        self.in_flight.append((batch, last))
+        if batch and len(self.in_flight) < 2:
+            return []
+        scheduled, finished = self.in_flight.popleft()
+        if scheduled:
+            self.world.work(0.01)
+        self.scheduler.update_from_output(
+            types.SimpleNamespace(
+                total_num_scheduled_tokens=sum(scheduled.values()),
+                num_scheduled_tokens=scheduled,
+            ),
+            None,
+        )
+        return [
+            types.SimpleNamespace(finished=True, request_id=name.partition("-")[0])
+            for name in sorted(finished)
+        ]
+
+    def _update(self, scheduled: Any, output: Any) -> Any:
+        made = [
+            types.SimpleNamespace(request_id=name, new_token_ids=[1])
+            for name in scheduled.num_scheduled_tokens
+        ]
+        return {0: types.SimpleNamespace(outputs=made)}
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting) or any(batch for batch, _ in self.in_flight)
+
+    def abort_request(self, names: list[str], internal: bool) -> None:
+        self.aborted += names
+        self.waiting.clear()
+        self.in_flight.clear()
+
+
+@pytest.fixture
+def vllm(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[VllmEngine, FakeVllm]:
+    fake = FakeVllm(world)
+    for name, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    run = EngineRun(
+        model="m",
+        stack="vllm-eager",
+        budget_seconds=1,
+        cases=(),
+        weights="dummy",
+        engine={"max_num_seqs": 4},
+    )
+    return VllmEngine(run, Path("folder"), {}, 0), fake
+
+
+def some_requests(arrivals: list[float], inputs: list[int], outputs: list[int]) -> Requests:
+    return Requests(np.array(arrivals), np.array(inputs), np.array(outputs))
+
+
+def prompts_of(requests: Requests) -> list[list[int]]:
+    return [[1] * n for n in requests.input_tokens]
+
+
+def test_vllm_gets_the_plan_s_arguments(vllm: tuple[VllmEngine, FakeVllm]) -> None:
+    _, fake = vllm
+    assert fake.arguments["max_num_seqs"] == 4
+    assert fake.arguments["enforce_eager"] is True
+    assert fake.arguments["load_format"] == "dummy"
+    assert fake.arguments["enable_prefix_caching"] is False
+
+
+def test_a_batch_is_logged_step_by_step(vllm: tuple[VllmEngine, FakeVllm]) -> None:
+    engine, _ = vllm
+    requests = some_requests([0, 0], [5, 7], [3, 1])
+    for _ in range(2):  # a second time: ids go on, the log starts anew
+        log = engine.run(engine.prepare(requests, prompts_of(requests)), 1e9)
+        assert log.step_tokens.tolist() == [12, 1, 1]
+        assert log.step_sequences.tolist() == [2, 1, 1]
+        assert log.add_seconds == pytest.approx(0.002)
+        assert log.step_end_seconds == pytest.approx([0.012, 0.022, 0.032])
+        assert log.ttft_seconds == pytest.approx([0.012, 0.012])
+        assert log.finish_seconds == pytest.approx([0.032, 0.012])
+        assert log.seconds == pytest.approx(0.032)
+
+
+def test_requests_arrive_at_their_own_times(vllm: tuple[VllmEngine, FakeVllm]) -> None:
+    engine, _ = vllm
+    requests = some_requests([0, 0.5], [5, 7], [2, 2])
+    log = engine.run(engine.prepare(requests, prompts_of(requests)), 1e9)
+    assert log.step_tokens.tolist() == [5, 1, 7, 1]
+    assert log.finish_seconds[1] > 0.5
+    assert log.ttft_seconds == pytest.approx([0.011, 0.011])
+
+
+def test_time_up_takes_the_requests_back(vllm: tuple[VllmEngine, FakeVllm], world: World) -> None:
+    engine, fake = vllm
+    requests = some_requests([0, 0], [5, 7], [20, 20])
+    with pytest.raises(TimeUpError, match="0 of 2"):
+        engine.run(engine.prepare(requests, prompts_of(requests)), world.now + 0.05)
+    assert len(fake.aborted) == 2
+    assert not fake.has_unfinished_requests()
+
+
+def test_a_request_longer_than_the_model_is_refused(vllm: tuple[VllmEngine, FakeVllm]) -> None:
+    engine, _ = vllm
+    requests = some_requests([0], [60], [5])
+    with pytest.raises(ConfigurationError, match="65 tokens, the model takes 64"):
+        engine.prepare(requests, prompts_of(requests))
+
+
+def test_settings_that_the_version_lacks_are_none(
+    vllm: tuple[VllmEngine, FakeVllm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, fake = vllm
+    monkeypatch.setattr(serving_engine, "_torch_settings", dict)
+    fake.vllm_config.scheduler_config = types.SimpleNamespace(max_num_seqs=4)
+    fake.vllm_config.compilation_config = types.SimpleNamespace()
+    settings = engine.settings()
+    assert settings["max_num_seqs"] == 4
+    assert settings["block_size"] is None
+
+
+# -- plan, requests, records ----------------------------------------------------------
+
+
+def plan_file(folder: Path, **changes: Any) -> Path:
+    raw = {
+        "name": "p",
+        "case_sets": {"s": [{"input_tokens": 1, "output_tokens": 1, "batch": 1}]},
+        "runs": [
+            {"model": "one", "stack": "vllm", "budget_seconds": 30, "case_sets": ["s"]},
+            {"model": "two", "stack": "vllm-eager", "budget_seconds": 30, "case_sets": ["s"]},
+        ],
+        **changes,
+    }
+    path = folder / "plan.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(Path("calibration/plans").glob("*.json")), ids=str)
+def test_the_shipped_plans_are_sound(path: Path) -> None:
+    plan = load_plan(path)
+    for run in plan.runs:
+        names = [case.name for case in run.cases]
+        assert len(set(names)) == len(names)
+        assert model_config(run.model)["torch_dtype"] == "bfloat16"
+        assert not any(key.startswith("_") for key in model_config(run.model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wat": 1}, "unknown field 'wat'"),
+        ({"runs": []}, "'runs' is empty"),
+        ({"case_sets": {"s": [{"batch": 1}]}}, "case 0.*input_tokens"),
+        ({"case_sets": {"s": [{"kind": "statik"}]}}, "Did you mean static"),
+        ({"case_sets": {"s": [{"kind": "trace", "trace": "a", "arrivals": "x"}]}}, "arrivals"),
+        ({"case_sets": {"t": []}}, "unknown case set 's'"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_names_the_field(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_plan(plan_file(tmp_path, **changes))
+
+
+def test_an_unknown_model_lists_the_known() -> None:
+    with pytest.raises(ConfigurationError, match=r"Did you mean llama-3.1-8b"):
+        model_config("llama-3.1-8x")
+
+
+def test_a_trace_is_ordered_cut_and_sped_up(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "arrival_seconds,input_tokens,output_tokens\n9,5,5\n4,10,2\n5,900,2\n7,20,3\n"
+    )
+    case = Case(
+        kind="trace", trace="t.csv", arrivals="own", speed=2.0, first=2, max_total_tokens=100
+    )
+    requests = requests_of(case, tmp_path)
+    assert requests.arrival_seconds.tolist() == [0.0, 1.5]
+    assert requests.input_tokens.tolist() == [10, 20]
+    assert requests.left_out == 1
+
+
+@pytest.mark.parametrize("row", ["3,x,1", "3,1", "3,0,1", "nan,1,1"])
+def test_a_bad_row_of_a_trace_is_named(tmp_path: Path, row: str) -> None:
+    (tmp_path / "t.csv").write_text(f"arrival_seconds,input_tokens,output_tokens\n1,1,1\n{row}\n")
+    with pytest.raises(TraceError, match=r"row 3, column"):
+        requests_of(Case(kind="trace", trace="t.csv"), tmp_path)
+
+
+def test_records_survive_a_torn_line_and_hold_plain_json(tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    append_record(out, {"a": np.array([1, 2]), "b": float("nan"), "c": (np.float64(1.5), None)})
+    with out.open("a") as file:
+        file.write('{"torn":')
+    append_record(out, {"d": Path("x")})
+    lines = out.read_text().splitlines()
+    assert json.loads(lines[0]) == {"a": [1, 2], "b": None, "c": [1.5, None]}
+    assert json.loads(lines[-1]) == {"d": "x"}
+
+
+# -- the driver -----------------------------------------------------------------------
+
+CHILD = """
+    import json, sys, time
+    options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    word, deadline = sys.stdin.readline().split()
+    assert word == "go" and float(deadline) > time.monotonic()
+    with open(options["--out"], "a") as file:
+        file.write(json.dumps({"kind": "done", "run": int(options["--engine"])}) + chr(10))
+    if options["--engine"] == "0":
+        %s
+"""
+
+
+@pytest.mark.parametrize(
+    ("first_engine", "failed"), [("pass", 0), ("sys.exit(3)", 1), ("time.sleep(60)", 1)]
+)
+def test_an_engine_that_dies_or_hangs_leaves_the_rest_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_engine: str, failed: int
+) -> None:
+    monkeypatch.setattr(serving, "GRACE_SECONDS", 1.0)
+    plan = plan_file(tmp_path)
+    raw = json.loads(plan.read_text())
+    raw["runs"][1]["budget_seconds"] = 10
+    raw["runs"][0]["budget_seconds"] = 1.5
+    plan.write_text(json.dumps(raw))
+    child = (sys.executable, "-c", textwrap.dedent(CHILD % first_engine))
+    out = tmp_path / "o.jsonl"
+    assert run_plan(plan, out, 12.5, child) == failed
+    records = read_jsonl(out)
+    assert [r["run"] for r in records if r["kind"] == "done"] == [0, 1]
+    assert [r["run"] for r in records if r["kind"] == "exit"] == [0] * failed
