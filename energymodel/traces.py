@@ -1,0 +1,455 @@
+"""Reads request traces: when each request arrives, how many tokens it takes in and puts out.
+
+Text is read lazily, line by line, in one pass of compiled expressions, so that line numbers are
+exact, a bad row never hides its neighbours, and memory grows by a few bytes a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energymodel.errors import TraceError, unknown_name
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    _Field = tuple[pl.Expr, pl.Expr]  # is it missing, and its value or null
+
+MAX_TOKENS = 10_000_000
+"""Longest believable input or output; beyond it a row is `absurd`."""
+
+_MAX_SECONDS = 1e10  # about 300 years: a larger time is in another unit or corrupt
+_HEAD_BYTES = 1 << 20  # the header and the first row must lie within this many bytes
+_HEAD_LINES = 64
+_LINES_KEPT = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedRows:
+    """Rows with one kind of fault, and where the first of them are."""
+
+    kind: str
+    """A key of `ROW_FAULTS`. `unsorted` rows are sorted, all others are left out."""
+    count: int
+    first_lines: tuple[int, ...]
+    """1-based line numbers in the file (row numbers in Parquet), at most 5."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Requests:
+    """Requests in order of arrival."""
+
+    name: str
+    arrival_seconds: NDArray[np.float64]
+    """Arrival [s] after the first request, shape (n,), ascending; the first is 0."""
+    input_tokens: NDArray[np.int64]
+    """Prompt tokens [token], shape (n,), at least 1."""
+    output_tokens: NDArray[np.int64]
+    """Generated tokens [token], shape (n,), at least 1."""
+    trace_format: str = "plain"
+    source: str = ""
+    """File, or citation of the data a built-in workload was derived from."""
+    dropped: tuple[DroppedRows, ...] = ()
+    rows_read: int = 0
+    """Rows in the file, bad ones included, header and blank lines not."""
+
+
+ROW_FAULTS = {
+    "extra_fields": "more fields than the header has",
+    "missing": "a field is missing or empty",
+    "bad_time": "the time is no time, negative, or out of range",
+    "non_numeric": "a token count is not a number",
+    "negative": "a token count is negative",
+    "absurd": f"a token count is above {MAX_TOKENS:,}",
+    "fractional": "a token count is not whole",
+    "zero_tokens": "no input or no output: a failed request",
+    "unsorted": "arrives before the row above it; sorted, not dropped",
+}
+"""What can be wrong with a row; a row counts under the first fault that it has."""
+
+_CODES = {kind: code for code, kind in enumerate(ROW_FAULTS, start=1)}
+_BLANK = 255
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    time_columns: tuple[str, ...]  # any one of them
+    input_column: str
+    output_column: str
+    ticks_per_second: float  # of the time column; of microseconds if it holds dates
+    is_date: bool = False
+
+    def columns_in(self, found: Sequence[str]) -> tuple[str, str, str] | None:
+        """Its three columns as the file spells them, or None if one is missing."""
+        names = {column.strip().lower(): column for column in reversed(found)}
+        time = next((names[c.lower()] for c in self.time_columns if c.lower() in names), None)
+        tokens = [names.get(c.lower()) for c in (self.input_column, self.output_column)]
+        if time is None or tokens[0] is None or tokens[1] is None:
+            return None
+        return time, tokens[0], tokens[1]
+
+    def __str__(self) -> str:
+        return ",".join(["|".join(self.time_columns), self.input_column, self.output_column])
+
+
+_FORMATS = {
+    "azure": _Format(("TIMESTAMP",), "ContextTokens", "GeneratedTokens", 1e6, is_date=True),
+    "burstgpt": _Format(("Timestamp",), "Request tokens", "Response tokens", 1.0),
+    "mooncake": _Format(("timestamp", "timestamp_ms"), "input_length", "output_length", 1e3),
+    "vidur": _Format(("arrived_at",), "num_prefill_tokens", "num_decode_tokens", 1.0),
+    "splitwise": _Format(("arrival_timestamp",), "prompt_size", "token_size", 1.0),
+    "plain": _Format(("arrival_seconds",), "input_tokens", "output_tokens", 1.0),
+}
+
+
+def known_formats() -> tuple[str, ...]:
+    """Names that `trace_format` may take."""
+    return tuple(_FORMATS)
+
+
+def explain_dropped(dropped: DroppedRows) -> str:
+    """One line on a kind of bad rows: how many, what is wrong, where the first are."""
+    lines = ", ".join(str(line) for line in dropped.first_lines)
+    more = ", ..." if dropped.count > len(dropped.first_lines) else ""
+    rows = "row" if dropped.count == 1 else "rows"
+    where = "line" if dropped.count == 1 else "lines"
+    fault = ROW_FAULTS[dropped.kind]
+    return f"{dropped.count:,} {rows} {dropped.kind} ({fault}; {where} {lines}{more})"
+
+
+def read_trace(path: str, *, trace_format: str | None = None, strict: bool = False) -> Requests:
+    """Read a request trace.
+
+    CSV (also `;` or tab separated), JSON lines, both plain, gzip or zstd, and Parquet; the content
+    decides, not the file's name. Dates are read to the microsecond, with or without UTC offset.
+
+    Parameters
+    ----------
+    path : str
+        A file, or `-` for stdin.
+    trace_format : str, optional
+        One of `known_formats()`; found from the columns if not given.
+    strict : bool
+        Refuse a trace with any bad row, instead of leaving bad rows out and counting them.
+
+    Returns
+    -------
+    Requests
+        Sorted by arrival; `dropped` says what was left out.
+
+    Raises
+    ------
+    TraceError
+        If the file cannot be read, is no trace, or has no usable row; with `strict`, on any fault.
+    """
+    if trace_format is not None and trace_format not in _FORMATS:
+        raise TraceError(unknown_name("trace format", trace_format, _FORMATS))
+    source = _open(path)
+    where = "stdin" if path == "-" else path
+    import polars as pl  # noqa: PLC0415 (60 ms that only reading a trace should cost)
+
+    try:
+        table, first_line, name = _scan(source, where, trace_format)
+        rows = table.collect(engine="streaming")
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TraceError(
+            f"{where}: cannot be read as a trace ({reason}); is the file complete, and is it CSV, "
+            "JSON lines (plain, gzip, zstd) or Parquet?"
+        ) from error
+    return _to_requests(
+        where=where,
+        trace_format=name,
+        ticks_per_second=_FORMATS[name].ticks_per_second,
+        first_line=first_line,
+        strict=strict,
+        columns=[rows[column].to_numpy() for column in ("time", "input", "output", "code")],
+    )
+
+
+def _open(path: str) -> Path | bytes:
+    """The path of a regular file, or the bytes of stdin or of a pipe."""
+    try:
+        if path == "-":
+            source: Path | bytes = sys.stdin.buffer.read()
+        else:
+            mode = Path(path).stat().st_mode
+            if stat.S_ISFIFO(mode):
+                source = Path(path).read_bytes()
+            elif stat.S_ISREG(mode):
+                source = Path(path)
+                with source.open("rb"):
+                    pass
+            else:
+                kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+                raise TraceError(f"{path}: is {kind}; give a trace file, or - for stdin")
+    except FileNotFoundError as error:
+        raise TraceError(f"{path}: no such file; check the path given as the trace") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TraceError(f"{path!r}: cannot be opened ({reason})") from error
+    return source
+
+
+def _scan(
+    source: Path | bytes, where: str, trace_format: str | None
+) -> tuple[pl.LazyFrame, int, str]:
+    """Lazy columns (time, input, output, code), the line of the first row, and the format."""
+    import polars as pl  # noqa: PLC0415
+
+    head = _head(source)
+    if not head:
+        raise TraceError(f"{where}: the file is empty; a trace has a header and one row a request")
+    if head.startswith(b"PAR1"):
+        table = pl.scan_parquet(
+            BytesIO(source) if isinstance(source, bytes) else source, glob=False
+        )
+        schema = table.collect_schema()
+        name, columns = _find_format(list(schema), trace_format, where)
+        date = _FORMATS[name].is_date
+        typed = [
+            _typed(column, schema[column], where, date and index == 0)
+            for index, column in enumerate(columns)
+        ]
+        never = pl.lit(False)
+        return _classify(table, typed, never, never, _FORMATS[name].ticks_per_second), 1, name
+
+    lines = _head_lines(head, source, where)
+    first = next((index for index, text in enumerate(lines) if text.strip()), None)
+    if first is None:
+        raise TraceError(f"{where}: the file holds only blank lines; a trace has a header and rows")
+    line = pl.col("line")
+    blank = line.is_null() | (line.str.strip_chars() == "")
+    extra = pl.lit(False)
+    if lines[first].lstrip().startswith(("{", "[")):
+        name, columns = _find_format(_json_keys(lines[first], where), trace_format, where)
+        fields = [line.str.json_path_match(f"$['{column}']") for column in columns]
+    else:
+        separator = max(",;\t", key=lines[first].count)
+        header = next(csv.reader([lines[first].strip("\r")], delimiter=separator))
+        name, columns = _find_format(header, trace_format, where)
+        if any('"' in text for text in lines[first + 1 :]):  # a quoted separator empties the field
+            line = line.str.replace_all(f'"([^"{separator}]*)"|"[^"]*"', "${1}")
+        parts = line.str.split_exact(separator, len(header)).struct
+        fields = [parts[header.index(column)] for column in columns]
+        extra = parts[len(header)].is_not_null()
+        first += 1
+    date = _FORMATS[name].is_date
+    table = _classify(
+        _scan_lines(source),
+        [_text(field, date and index == 0) for index, field in enumerate(fields)],
+        extra,
+        blank,
+        _FORMATS[name].ticks_per_second,
+    )
+    return table.slice(first), first + 1, name
+
+
+def _head(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:_HEAD_BYTES]
+    with source.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _head_lines(head: bytes, source: Path | bytes, where: str) -> list[str]:
+    """First lines of a text file, unpacked; refuses what is no text or has no short lines."""
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):  # gzip, zstd
+        rows = _scan_lines(source, n_rows=_HEAD_LINES).collect()
+        text = "\n".join(line or "" for line in rows["line"])
+    else:
+        text = head.decode("utf-8-sig", errors="replace")
+        if len(head) == _HEAD_BYTES and head.count(b"\n") < 2:  # noqa: PLR2004 (header and a row)
+            raise TraceError(
+                f"{where}: the first two lines are longer than {_HEAD_BYTES:,} bytes; a trace has "
+                "a header line and one line for each request"
+            )
+    if "\0" in text or (len(text) > 0 and text.count("�") > len(text) / 100):
+        raise TraceError(
+            f"{where}: binary data, not a trace; give CSV or JSON lines in UTF-8 (plain, gzip or "
+            "zstd) or Parquet"
+        )
+    return text.removeprefix("﻿").split("\n")
+
+
+def _scan_lines(source: Path | bytes, n_rows: int | None = None) -> pl.LazyFrame:
+    import polars as pl  # noqa: PLC0415
+
+    return pl.scan_csv(
+        source,
+        has_header=False,
+        separator="\x01",
+        quote_char=None,
+        schema={"line": pl.String},
+        encoding="utf8-lossy",
+        n_rows=n_rows,
+        glob=False,
+    )
+
+
+def _json_keys(text: str, where: str) -> list[str]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise TraceError(
+            f"{where}: the first line is not one JSON object; write one object a line (JSON lines)"
+        )
+    return [key for key in record if "'" not in key]
+
+
+def _find_format(
+    found: Sequence[str], trace_format: str | None, where: str
+) -> tuple[str, tuple[str, str, str]]:
+    """Name of the format whose columns are there, and those columns: time, input, output."""
+    shown = ",".join(found[:20]) + (",..." if len(found) > 20 else "")  # noqa: PLR2004
+    shown = shown if len(shown) <= 300 else shown[:300] + "..."  # noqa: PLR2004
+    candidates = [trace_format] if trace_format else list(_FORMATS)
+    matches = [
+        (name, columns) for name in candidates if (columns := _FORMATS[name].columns_in(found))
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = " and ".join(name for name, _ in matches)
+        raise TraceError(f"{where}: has the columns of {names}; choose with --trace-format")
+    needed = "; ".join(f"{name}: {_FORMATS[name]}" for name in candidates)
+    raise TraceError(
+        f"{where}: these are not the columns of a known trace format. Found: {shown!r}. "
+        f"Needed ({'|'.join(candidates)}): {needed}"
+    )
+
+
+def _text(field: pl.Expr, is_date: bool) -> _Field:
+    """A field of text as missing or not, and its number or microseconds since 1970."""
+    import polars as pl  # noqa: PLC0415
+
+    text = field.str.strip_chars()
+    missing = field.is_null() | (text == "")
+    if not is_date:
+        return missing, text.cast(pl.Float64, strict=False)
+    text = text.str.replace("T", " ", literal=True)
+    dates = [
+        text.str.to_datetime(form, time_unit="us", strict=False).dt.epoch("us")
+        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%#z")
+    ]
+    return missing, pl.coalesce(dates).cast(pl.Float64)
+
+
+def _typed(column: str, dtype: pl.DataType, where: str, is_date: bool) -> _Field:
+    """A Parquet column, the same way."""
+    import polars as pl  # noqa: PLC0415
+
+    value = pl.col(column)
+    if dtype == pl.String:
+        return _text(value, is_date)
+    if dtype.is_numeric() and not is_date:
+        return value.is_null(), value.cast(pl.Float64)
+    if dtype == pl.Datetime and is_date:
+        return value.is_null(), value.dt.epoch("us").cast(pl.Float64)
+    expected = "dates" if is_date else "numbers"
+    raise TraceError(f"{where}: column {column!r} holds {dtype}, not {expected}; cast it")
+
+
+def _classify(
+    table: pl.LazyFrame,
+    fields: Sequence[_Field],
+    extra: pl.Expr,
+    blank: pl.Expr,
+    ticks_per_second: float,
+) -> pl.LazyFrame:
+    """Columns time [tick], input, output [token] and code (0: good, else the fault) of all rows."""
+    import polars as pl  # noqa: PLC0415
+
+    names = ("time", "input", "output")
+    values = [value.alias(name) for name, (_, value) in zip(names, fields, strict=True)]
+    missing = pl.any_horizontal([missing for missing, _ in fields])
+    time, *tokens = (pl.col(name) for name in names)
+
+    def any_token(*faults: pl.Expr) -> pl.Expr:
+        return pl.any_horizontal([fault.fill_null(True) for fault in faults])
+
+    good_time = time.is_between(0.0, _MAX_SECONDS * ticks_per_second).fill_null(False)
+    code = (
+        pl.when("blank").then(_BLANK)
+        .when("extra").then(_CODES["extra_fields"])
+        .when("missing").then(_CODES["missing"])
+        .when(~good_time).then(_CODES["bad_time"])
+        .when(any_token(*(t.is_nan() for t in tokens))).then(_CODES["non_numeric"])
+        .when(any_token(*(t < 0 for t in tokens))).then(_CODES["negative"])
+        .when(any_token(*(t > MAX_TOKENS for t in tokens))).then(_CODES["absurd"])
+        .when(any_token(*(t != t.floor() for t in tokens))).then(_CODES["fractional"])
+        .when(any_token(*(t == 0 for t in tokens))).then(_CODES["zero_tokens"])
+        .otherwise(0)
+    )  # fmt: skip
+    flags = {"blank": blank, "extra": extra, "missing": missing}
+    return (
+        table.select(*values, **flags)
+        .with_columns(code.cast(pl.UInt8).alias("code"))
+        .select(
+            time.fill_null(0.0),
+            *(pl.when(pl.col("code") == 0).then(t).otherwise(0.0).cast(pl.Int32) for t in tokens),
+            "code",
+        )
+    )
+
+
+def _to_requests(
+    *,
+    where: str,
+    trace_format: str,
+    ticks_per_second: float,
+    first_line: int,
+    strict: bool,
+    columns: Sequence[NDArray[np.generic]],
+) -> Requests:
+    time, inputs, outputs, code = columns
+    good = code == 0
+    arrival = time[good].astype(np.float64)
+    late = np.flatnonzero(np.diff(arrival) < 0) + 1
+    faults = {kind: np.flatnonzero(code == number) for kind, number in _CODES.items()}
+    faults["unsorted"] = np.flatnonzero(good)[late] if late.size else late
+    dropped = tuple(
+        DroppedRows(
+            kind=kind,
+            count=int(rows.size),
+            first_lines=tuple(int(row) + first_line for row in rows[:_LINES_KEPT]),
+        )
+        for kind, rows in faults.items()
+        if rows.size
+    )
+    rows_read = int(np.count_nonzero(code != _BLANK))
+    detail = "; ".join(explain_dropped(fault) for fault in dropped)
+    if rows_read == 0:
+        raise TraceError(f"{where}: has a header but no rows; a trace has one row a request")
+    if arrival.size == 0:
+        raise TraceError(f"{where}: none of its {rows_read:,} rows is a usable request: {detail}")
+    if strict and dropped:
+        raise TraceError(f"{where}: refused because of --strict: {detail}")
+
+    tokens_in, tokens_out = inputs[good].astype(np.int64), outputs[good].astype(np.int64)
+    if late.size:
+        order = np.argsort(arrival, kind="stable")
+        arrival, tokens_in, tokens_out = arrival[order], tokens_in[order], tokens_out[order]
+    return Requests(
+        name="stdin" if where == "stdin" else Path(where).name.split(".")[0],
+        arrival_seconds=(arrival - arrival[0]) / ticks_per_second,
+        input_tokens=tokens_in,
+        output_tokens=tokens_out,
+        trace_format=trace_format,
+        source=where,
+        dropped=dropped,
+        rows_read=rows_read,
+    )
