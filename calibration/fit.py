@@ -1,0 +1,274 @@
+"""Fits the kernel parameters of a calibration to measured kernels. No torch, no GPU.
+
+Two stages, both robust least squares on log residuals with bounds at zero:
+
+1. seconds: per operator class, the parameters of `KernelCalibration` (efficiencies, fixed time
+   of a call, sharpness of the ridge, cost of a partly filled wave);
+2. watts, given the measured seconds: base power, power of busy SMs by class, joules per FLOP by
+   dtype and class, joules per byte from device memory and on chip, and the exponent with which
+   core energy follows the clock under the power limit.
+
+`fit_*` returns exactly what `energymodel.roofline` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energymodel.calibrations import Calibration, KernelCalibration
+from energymodel.roofline import OperatorCosts, kernel_costs
+from energymodel.specs import GpuSpec
+
+Array = NDArray[np.float64]
+
+ROBUST_SCALE = 0.05
+"""Log residual from which on soft_l1 grows linearly: 5 %, the floor of board-to-board spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRows:
+    """Measured kernels, one element a row; all arrays (n,)."""
+
+    name: tuple[str, ...]
+    op_class: tuple[str, ...]
+    family: tuple[str, ...]
+    dtype: tuple[str, ...]
+    executed_flops: Array
+    hbm_bytes: Array
+    activation_bytes: Array
+    link_bytes: Array
+    calls: Array
+    gemm_rows: Array
+    gemm_columns: Array
+    seconds: Array
+    """Measured time of one iteration [s]."""
+    watts: Array
+    """Measured mean power [W]; NaN where it was not measured."""
+    clock: Array
+    """Mean SM clock over the highest [-]; 1 where unknown."""
+    capped: NDArray[np.bool_]
+    """The power limit held the clock down."""
+
+    def pick(self, mask: NDArray[np.bool_] | Iterable[bool]) -> KernelRows:
+        """Rows where `mask` is true."""
+        chosen = np.asarray(mask, dtype=bool)
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple):
+                values[f.name] = tuple(v for v, keep in zip(value, chosen, strict=True) if keep)
+            else:
+                values[f.name] = value[chosen]
+        return KernelRows(**values)
+
+    def of_class(self, op_class: str) -> KernelRows:
+        """Rows of one operator class."""
+        return self.pick(np.array([c == op_class for c in self.op_class]))
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+
+def row_costs(
+    rows: KernelRows,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    override: Mapping[str, float] | None = None,
+) -> OperatorCosts:
+    """Costs of the rows' kernels at the highest clock; arrays (n,).
+
+    `override` replaces parameters of `KernelCalibration` for all rows (while one class is fitted).
+    """
+    per_class = calibration.kernels
+
+    def parameter(name: str) -> Array:
+        if override is not None and name in override:
+            return np.full(len(rows), override[name])
+        return np.array([getattr(per_class[c], name) for c in rows.op_class])
+
+    is_link = np.array([c == "communication" for c in rows.op_class])
+    return kernel_costs(
+        executed_flops=rows.executed_flops,
+        hbm_bytes=rows.hbm_bytes,
+        activation_bytes=rows.activation_bytes,
+        link_bytes=rows.link_bytes,
+        calls=rows.calls,
+        gemm_rows=rows.gemm_rows,
+        gemm_columns=rows.gemm_columns,
+        flops_per_s=np.array([gpu.peak_flops_per_s.get(d, np.nan) for d in rows.dtype]),
+        bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
+        joules_per_flop=np.array([calibration.joules_per_flop.get(d, np.nan) for d in rows.dtype]),
+        gpu=gpu,
+        calibration=calibration,
+        parameter=parameter,
+    )
+
+
+_TIME_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "compute_efficiency": (0.02, 1.1),
+    "memory_efficiency": (0.02, 1.1),
+    "call_seconds": (1e-7, 3e-4),
+    "sharpness": (1.0, 16.0),
+    "wave_exponent": (0.0, 1.0),
+}
+"""Physical ranges; efficiencies may pass 1 a little where boards run above the datasheet clock."""
+
+TIME_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "gemm": tuple(_TIME_BOUNDS),
+    "moe": ("compute_efficiency", "memory_efficiency", "call_seconds", "sharpness"),
+    "attention_prefill": ("compute_efficiency", "call_seconds"),
+    "attention_decode": ("memory_efficiency", "call_seconds"),
+    "elementwise": ("memory_efficiency", "call_seconds"),
+    "sampling": ("memory_efficiency", "call_seconds"),
+    "communication": ("memory_efficiency", "call_seconds"),
+}
+"""What is fitted for each class: no more than its cases can tell apart."""
+
+
+def fit_kernel_seconds(
+    rows: KernelRows, gpu: GpuSpec, calibration: Calibration, op_class: str
+) -> KernelCalibration:
+    """Time parameters of one class, robust least squares on log seconds.
+
+    Under the power limit compute-bound time is divided by the measured clock share, so that the
+    efficiencies are those of the highest clock.
+    """
+    from scipy.optimize import least_squares  # noqa: PLC0415
+
+    rows = rows.of_class(op_class)
+    names = TIME_PARAMETERS[op_class]
+    start = calibration.kernels[op_class]
+    low, high = (np.log([max(_TIME_BOUNDS[n][i], 1e-9) for n in names]) for i in (0, 1))
+    measured = np.log(rows.seconds)
+
+    def residuals(theta: Array) -> Array:
+        override = dict(zip(names, np.exp(theta), strict=True))
+        costs = row_costs(rows, gpu, calibration, override)
+        return np.asarray(
+            np.log(costs.memory_seconds + costs.compute_seconds / rows.clock) - measured
+        )
+
+    first = np.clip(np.log([max(getattr(start, n), 2e-9) for n in names]), low + 1e-6, high - 1e-6)
+    result = least_squares(
+        residuals, first, bounds=(low, high), loss="soft_l1", f_scale=ROBUST_SCALE, x_scale="jac"
+    )
+    return replace(start, **dict(zip(names, map(float, np.exp(result.x)), strict=True)))
+
+
+ENERGY_CLASSES = ("gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "sampling")
+
+
+def fit_watts(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Calibration:
+    """Energy parameters from measured power, given measured seconds.
+
+    P t = base t + sum of active, FLOP, HBM and on-chip joules, core ones scaled by clock**a.
+    Base power is fixed by the caller (it is measured alone, with kernels that do nothing).
+    """
+    from scipy.optimize import least_squares  # noqa: PLC0415
+
+    rows = rows.pick(np.isfinite(rows.watts))
+    unit = replace(
+        calibration,
+        joules_per_flop=dict.fromkeys(calibration.joules_per_flop, 1.0),
+        joules_per_hbm_byte=1.0,
+        joules_per_onchip_byte=1.0,
+        kernels={
+            c: replace(k, active_watts=0.0, flop_energy_factor=1.0)
+            for c, k in calibration.kernels.items()
+        },
+    )
+    work = row_costs(rows, gpu, unit)
+    compute_share = work.compute_seconds / (work.compute_seconds + work.memory_seconds)
+    classes = [c for c in ENERGY_CLASSES if c in rows.op_class]
+    pairs = sorted({(c, d) for c, d, f in zip(rows.op_class, rows.dtype, rows.executed_flops, strict=True) if f > 0})
+    flop_names = [p for p in pairs if p[0] in ("gemm", "moe", "attention_prefill")]
+    t = rows.seconds
+    columns = [np.where([c == name for c in rows.op_class], 1.0, 0.0) for name in classes]
+    flops = [
+        np.where([(c, d) == pair for c, d in zip(rows.op_class, rows.dtype, strict=True)], work.flop_joules / t, 0.0)
+        for pair in flop_names
+    ]
+    hbm, onchip = work.hbm_joules / t, work.onchip_joules / t
+    measured = np.log(rows.watts)
+
+    def watts(theta: Array) -> Array:
+        value = np.exp(theta)
+        slow = rows.clock ** value[-1]
+        total = calibration.base_watts + value[-3] * hbm + value[-2] * onchip * slow
+        at = 0
+        for column in columns:
+            total = total + value[at] * column * (1 - compute_share + compute_share * slow)
+            at += 1
+        for column in flops:
+            total = total + value[at] * column * slow
+            at += 1
+        return np.asarray(total)
+
+    start = np.log([30.0] * len(classes) + [5e-13] * len(flops) + [6e-11, 1e-11, 1.3])
+    low = np.log([1e-2] * len(classes) + [1e-14] * len(flops) + [1e-12, 1e-13, 0.3])
+    high = np.log([400.0] * len(classes) + [5e-12] * len(flops) + [4e-10, 2e-10, 3.0])
+    result = least_squares(
+        lambda theta: np.log(watts(theta)) - measured,
+        start,
+        bounds=(low, high),
+        loss="soft_l1",
+        f_scale=ROBUST_SCALE,
+    )
+    value = np.exp(result.x)
+    active = dict(zip(classes, map(float, value), strict=False))
+    per_flop = dict(zip(flop_names, map(float, value[len(classes) :]), strict=False))
+    joules_per_flop = dict(calibration.joules_per_flop)
+    for (c, d), joules in per_flop.items():
+        if c == "gemm":
+            joules_per_flop[d] = joules
+    kernels = dict(calibration.kernels)
+    for c in kernels:
+        factor = per_flop.get((c, "bf16"), joules_per_flop["bf16"]) / joules_per_flop["bf16"]
+        kernels[c] = replace(
+            kernels[c],
+            active_watts=active.get(c, kernels[c].active_watts),
+            flop_energy_factor=factor,
+        )
+    return replace(
+        calibration,
+        joules_per_flop=joules_per_flop,
+        joules_per_hbm_byte=float(value[-3]),
+        joules_per_onchip_byte=float(value[-2]),
+        clock_energy_exponent=float(value[-1]),
+        kernels=kernels,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorSummary:
+    """Relative errors |predicted / measured - 1| and their signed median [-]."""
+
+    n: int
+    median: float
+    p90: float
+    max: float
+    bias: float
+
+
+def summarize(predicted: Array, measured: Array) -> ErrorSummary:
+    """Error statistics of predictions against measurements."""
+    error = predicted / measured - 1.0
+    size = np.abs(error)
+    return ErrorSummary(
+        n=len(error),
+        median=float(np.median(size)),
+        p90=float(np.percentile(size, 90)),
+        max=float(size.max()),
+        bias=float(np.median(error)),
+    )
+
+
+def predicted_seconds(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Array:
+    """Seconds of the rows' kernels at the measured clock share."""
+    costs = row_costs(rows, gpu, calibration)
+    return np.asarray(costs.memory_seconds + costs.compute_seconds / rows.clock)
