@@ -16,55 +16,26 @@ _MOST_LAYERS = 10_000
 
 # Keys that change neither a shape nor what is computed, whatever the architecture.
 _HARMLESS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "auto_map",
-        "use_cache",
-        "bos_token",
-        "eos_token",
-        "tokenizer_class",
-        "prefix",
-        "pretraining_tp",
-        "initializer_range",
-        "init_std",
-        "initializer_cutoff_factor",
-        "hidden_act",
-        "hidden_activation",
-        "activation_function",
-        "rms_norm_eps",
-        "layer_norm_eps",
-        "layer_norm_epsilon",
-        "norm_eps",
-        "norm_epsilon",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "aux_loss_alpha",
-        "router_jitter_noise",
-        "seq_aux",
-        "norm_topk_prob",
-        "cache_implementation",
-        "attn_implementation",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "task_specific_params",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "gradient_checkpointing",
-        "max_length",
-        "temperature",
-        "top_p",
-        "do_sample",
-        "unsloth_fixed",
-        "unsloth_version",
-    ]
+    {
+        *(
+            "architectures",
+            "model_type",
+            "transformers_version",
+            "auto_map",
+            "task_specific_params",
+        ),
+        *("torch_dtype", "dtype", "use_cache", "cache_implementation", "attn_implementation"),
+        *("tokenizer_class", "prefix", "max_length", "temperature", "top_p", "do_sample"),
+        *("initializer_range", "init_std", "initializer_cutoff_factor", "pretraining_tp"),
+        *("hidden_act", "hidden_activation", "activation_function", "gradient_checkpointing"),
+        *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
+        *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux"),
+        *("router_jitter_noise", "norm_topk_prob", "return_dict", "output_attentions"),
+        *("output_hidden_states", "id2label", "label2id", "problem_type"),
+        *("unsloth_fixed", "unsloth_version"),
+    }
 )
-_HARMLESS_ENDINGS = ("_token_id", "_token_ids", "_dropout", "_pdrop", "dropout", "layerdrop")
+_HARMLESS_ENDINGS = ("_token_id", "_token_ids", "_pdrop", "dropout", "layerdrop")
 _HARMLESS_BEGINNINGS = ("_", "rope_", "rotary_", "partial_rotary_", "summary_", "transformers.")
 # Keys that are harmless with these values alone.
 _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
@@ -73,6 +44,7 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "is_decoder": (True, False),
     "pruned_heads": ({},),
     "use_bidirectional_attention": (False, None),
+    "use_mrope": (False,),
 }
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -131,7 +103,7 @@ class ConfigReader:
         return self.count(*keys, most=_MOST_LAYERS)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """A truth value."""
         _, value = self._get((key,))
         if value is None:
             return default
@@ -198,8 +170,8 @@ class ConfigReader:
         if unknown:
             raise self.error(
                 f"{self.architecture} has unknown field{'s' if len(unknown) > 1 else ''} "
-                f"{', '.join(unknown[:10])}; what they change in the model is not known here. "
-                "Remove them if they change neither weights nor computation"
+                f"{', '.join(unknown[:10])[:300]}, whose effect on the model is not known here. "
+                "Take out what changes neither weights nor computation"
             )
 
     def _is_known(self, key: str, value: Any) -> bool:
