@@ -431,6 +431,11 @@ def build_suite(name: str, *, gpus: int = 1) -> tuple[Case, ...]:
     return tuple(cases + repeats)
 
 
+def preheat_case() -> Case:
+    """Return a case that loads a GPU up to its power limit."""
+    return _gemm("llama-3.1-8b.gate_up", 4096)
+
+
 def ordered(cases: Iterable[Case], seed: int) -> tuple[Case, ...]:
     """Measuring order: cold idle first, then by priority, classes mixed at random.
 

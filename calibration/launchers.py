@@ -14,7 +14,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,21 +205,24 @@ def _metadata(
     if bed.attention_version != 3:  # noqa: PLR2004
         return None, 0
     heads, kv_heads, width = sizes(case, "heads", "kv_heads", "head_dim")
-    schedule = bed.attention.get_scheduler_metadata(
-        batch_size=batch,
-        max_seqlen_q=query_tokens,
-        max_seqlen_k=context,
-        num_heads_q=heads,
-        num_heads_kv=kv_heads,
-        headdim=width,
-        cache_seqlens=used,
-        qkv_dtype=torch.bfloat16,
-        cu_seqlens_q=cu,
-        page_size=BLOCK_TOKENS,
-        causal=True,
-        window_size=(-1, -1),
-        num_splits=splits,
-    )
+    try:
+        schedule = bed.attention.get_scheduler_metadata(
+            batch_size=batch,
+            max_seqlen_q=query_tokens,
+            max_seqlen_k=context,
+            num_heads_q=heads,
+            num_heads_kv=kv_heads,
+            headdim=width,
+            cache_seqlens=used,
+            qkv_dtype=torch.bfloat16,
+            cu_seqlens_q=cu,
+            page_size=BLOCK_TOKENS,
+            causal=True,
+            window_size=(-1, -1),
+            num_splits=splits,
+        )
+    except (RuntimeError, TypeError, AttributeError):  # another vLLM: let the kernel schedule
+        return None, 0
     return schedule, splits
 
 
@@ -263,7 +266,11 @@ def _paged_attention(
         call=call,
         rotation=count,
         backend=f"vllm-fa{bed.attention_version}",
-        details={"block_tokens": BLOCK_TOKENS, "max_splits": splits},
+        details={
+            "block_tokens": BLOCK_TOKENS,
+            "max_splits": splits,
+            "scheduled_ahead": schedule is not None,
+        },
     )
 
 
@@ -291,19 +298,34 @@ def _sdpa(case: Case, bed: Bed, batch: int, query_tokens: int, context: int, cou
     )
 
 
+def _attention(
+    case: Case, bed: Bed, batch: int, query_tokens: int, context: int, count: int
+) -> Work:
+    """Attention by vLLM's kernel; by torch's where that is missing or refuses the case."""
+    reason = "vLLM's attention is not installed"
+    if bed.attention_version:
+        try:
+            work = _paged_attention(case, bed, batch, query_tokens, context, count)
+            work.call(0)
+            return work
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+    work = _sdpa(case, bed, batch, query_tokens, context, count)
+    return replace(work, details={"instead_of_vllm": reason})
+
+
 def attention_decode(case: Case, bed: Bed) -> Work:
     """One query token per sequence against its whole KV cache."""
     batch, context = sizes(case, "batch", "context")
-    count = sets(bed, case.hbm_bytes)
-    build = _paged_attention if bed.attention_version else _sdpa
-    return build(case, bed, batch, 1, context, count)
+    return _attention(case, bed, batch, 1, context, sets(bed, case.hbm_bytes))
 
 
 def attention_prefill(case: Case, bed: Bed) -> Work:
     """Causal attention of new tokens over themselves and `past` earlier ones."""
     batch, tokens, past = sizes(case, "batch", "tokens", "past")
-    build = _paged_attention if bed.attention_version else _sdpa
-    return build(case, bed, batch, tokens, tokens + past, 1)
+    return _attention(case, bed, batch, tokens, tokens + past, 1)
 
 
 def silu_mul(bed: Bed) -> tuple[Callable[[Any, Any], Any], str]:
