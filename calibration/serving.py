@@ -288,11 +288,9 @@ def run_cases(
     for case in run.cases:
         began = clock()
         base = {"case_name": case.name, "case": asdict(case)}
-        need = case.seconds if case.kind == "idle" else plan.window_seconds
-        if began + need + CASE_OVERHEAD_SECONDS > deadline:
-            write({"kind": "skipped", **base, "reason": "the time for this engine is used up"})
-            continue
         try:
+            if began + _least_seconds(case, plan) + CASE_OVERHEAD_SECONDS > deadline:
+                raise TimeUpError("the time for this engine is used up")
             if case.kind == "idle":
                 result = measure_idle(engine, meter, case)
             elif case.kind == "experts":
@@ -306,6 +304,14 @@ def run_cases(
         else:
             kind = case.kind if case.kind in ("idle", "experts") else "run"
             write({"kind": kind, **base, "case_seconds": clock() - began, **result})
+
+
+def _least_seconds(case: Case, plan: Plan) -> float:
+    if case.kind == "idle":
+        return case.seconds
+    if case.kind == "trace":
+        return max(plan.window_seconds, float(requests_of(case, plan.folder).arrival_seconds[-1]))
+    return plan.window_seconds
 
 
 def _described(error: BaseException) -> dict[str, str]:
@@ -330,7 +336,7 @@ def run_engine(plan: Plan, index: int, out: Path) -> int:
 
     try:
         began = clock()
-        preload(run.stack)
+        cuda_in_import = preload(run.stack)
         import_seconds = clock() - began
         words = sys.stdin.readline().split()
         if len(words) != 2:  # noqa: PLR2004 - the driver is gone
@@ -348,6 +354,7 @@ def run_engine(plan: Plan, index: int, out: Path) -> int:
                     "run_plan": asdict(replace(run, cases=())),
                     "config": config,
                     "import_seconds": import_seconds,
+                    "cuda_in_import": cuda_in_import,
                     "startup_seconds": clock() - began,
                     "settings": engine.settings(),
                     "identity": meter.identity(),
@@ -378,6 +385,7 @@ def run_plan(
     """Run all engines of a plan, each in a process of its own; returns how many failed."""
     end = clock() + time_limit_seconds - GRACE_SECONDS
     plan = load_plan(plan_path)
+    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(plan.gpu_index)}
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def start(index: int) -> subprocess.Popen[str]:
@@ -390,6 +398,7 @@ def run_plan(
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                env={**environment, **os.environ},
             )
 
     failed = 0

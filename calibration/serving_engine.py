@@ -42,6 +42,9 @@ VLLM_ARGUMENTS = {
 }
 """Arguments of vLLM's `LLM` class; a plan may override each."""
 
+STEPS_IN_FLIGHT = 2
+"""Batches that vLLM's asynchronous scheduling holds at once."""
+
 DEFAULT_WEIGHT_STD = 0.02
 """Standard deviation of untrained weights where the config has no `initializer_range`."""
 
@@ -93,25 +96,27 @@ class Engine(Protocol):
         """Return what the engine decided for itself."""
 
 
-def preload(stack: str) -> None:
+def preload(stack: str) -> bool:
     """Import what the stack needs, without touching the GPU (this takes 20 s for vLLM).
 
     Modules that open a CUDA context on import are left to the engine: while another engine is
-    metered, a second process on the GPU would spoil its windows.
+    metered, a second process on the GPU would spoil its windows. Returns whether CUDA was
+    initialised all the same.
     """
-    os.environ.update({k: os.environ.get(k, v) for k, v in VLLM_ENVIRONMENT.items()})
-    import torch  # noqa: F401, PLC0415
+    os.environ.update(VLLM_ENVIRONMENT)
+    import torch  # noqa: PLC0415
 
     if stack == "transformers":
         from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401, PLC0415
 
-        return
+        return bool(torch.cuda.is_initialized())
     from vllm import LLM, SamplingParams  # noqa: F401, PLC0415
 
     with suppress(Exception):  # saves time only; the engine imports them anyway
         import vllm.model_executor.models.llama  # noqa: PLC0415
         import vllm.v1.engine.core  # noqa: PLC0415
         import vllm.v1.worker.gpu_worker  # noqa: F401, PLC0415
+    return bool(torch.cuda.is_initialized())
 
 
 def build(run: EngineRun, folder: Path, config: dict[str, Any], seed: int) -> Engine:
@@ -146,8 +151,11 @@ class VllmEngine:
         self._record_steps()
         self.weights = run.weights
         if run.weights == "normal":
-            std = float(config.get("initializer_range", DEFAULT_WEIGHT_STD))
-            self.llm.apply_model(lambda model: _randomise(model, std, seed))
+            std = float(config.get("initializer_range") or DEFAULT_WEIGHT_STD)
+            try:
+                self.llm.apply_model(lambda model: _randomise(model, std, seed))
+            except Exception as error:  # the engine works with its own weights as well
+                self.weights = f"dummy, because {type(error).__name__}: {error}"
 
     def _record_steps(self) -> None:
         """Note each finished step where the scheduler takes its result: about 10 us a step."""
@@ -234,8 +242,9 @@ class VllmEngine:
         )
 
     def _abandon(self, names: list[str]) -> None:
+        """Take requests back, and the results of the batches that are still in flight."""
         self.engine.abort_request(names, internal=True)
-        while self.engine.has_unfinished_requests():
+        for _ in range(STEPS_IN_FLIGHT + 1):
             self.engine.step()
 
     def poll(self) -> None:
