@@ -75,7 +75,9 @@ def model_from_config(config: Mapping[str, Any], *, name: str, source: str = "")
     """
     where = source or name or "config"
     if not isinstance(config, Mapping):
-        raise UnsupportedModelError(f"{where}: a config is a JSON object, not a {type(config)}")
+        raise UnsupportedModelError(
+            f"{where}: a config is a JSON object, not a {type(config).__name__}"
+        )
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise UnsupportedModelError(
