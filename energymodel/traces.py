@@ -162,7 +162,13 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     try:
         table, first_line, name = _scan(source, where, trace_format)
         rows = table.collect(engine="streaming")
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
+    except (
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        csv.Error,
+        OSError,
+        ValueError,
+    ) as error:
         reason = str(error).strip().split("\n")[0]
         raise TraceError(
             f"{where}: cannot be read as a trace ({reason}); is the file complete, and is it CSV, "
@@ -243,7 +249,7 @@ def _scan(
             line = line.str.replace_all(f'"([^"{separator}]*)"|"[^"]*"', "${1}")
         parts = line.str.split_exact(separator, len(header)).struct
         fields = [parts[header.index(column)] for column in columns]
-        extra = parts[len(header)].is_not_null()
+        extra = parts[len(header)].str.strip_chars() != ""  # a trailing separator is no field
         first += 1
     date = _FORMATS[name].is_date
     table = _classify(
@@ -275,7 +281,7 @@ def _head_lines(head: bytes, source: Path | bytes, where: str) -> list[str]:
                 f"{where}: the first two lines are longer than {_HEAD_BYTES:,} bytes; a trace has "
                 "a header line and one line for each request"
             )
-    if "\0" in text or (len(text) > 0 and text.count("�") > len(text) / 100):
+    if "\0" in text or text.count("�") > len(text) / 10:
         raise TraceError(
             f"{where}: binary data, not a trace; give CSV or JSON lines in UTF-8 (plain, gzip or "
             "zstd) or Parquet"
@@ -321,6 +327,11 @@ def _find_format(
         (name, columns) for name in candidates if (columns := _FORMATS[name].columns_in(found))
     ]
     if len(matches) == 1:
+        _, columns = matches[0]
+        spelled = [column.strip().lower() for column in found]
+        for column in columns:
+            if spelled.count(column.strip().lower()) > 1:
+                raise TraceError(f"{where}: has two columns named {column!r}; leave out one")
         return matches[0]
     if matches:
         names = " and ".join(name for name, _ in matches)
@@ -444,7 +455,7 @@ def _to_requests(
         order = np.argsort(arrival, kind="stable")
         arrival, tokens_in, tokens_out = arrival[order], tokens_in[order], tokens_out[order]
     return Requests(
-        name="stdin" if where == "stdin" else Path(where).name.split(".")[0],
+        name="stdin" if where == "stdin" else Path(where).name.split(".")[0] or where,
         arrival_seconds=(arrival - arrival[0]) / ticks_per_second,
         input_tokens=tokens_in,
         output_tokens=tokens_out,

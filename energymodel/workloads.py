@@ -51,13 +51,13 @@ def load_requests(
         If the name is unknown, the file cannot be read, or the number makes no sense.
     """
     try:
-        is_file = Path(trace).is_file()
-    except (OSError, ValueError):
-        is_file = False
+        is_file, exists = Path(trace).is_file(), Path(trace).exists()
+    except (OSError, ValueError):  # too long, or holds a null character
+        is_file = exists = False
     if not is_file and trace in list_workloads():
         return _draw(trace, seed, num_requests)
     looks_like_a_path = trace == "-" or Path(trace).suffix != "" or "/" in trace or "\\" in trace
-    if not (is_file or looks_like_a_path or Path(trace).exists()):
+    if not (exists or looks_like_a_path):
         raise TraceError(
             f"{unknown_name('workload', trace, list_workloads())} No file has that name either."
         )
@@ -98,7 +98,8 @@ def _draw_arrivals(
     cycle, index = np.divmod(np.arange(count), start.size)
     seconds: NDArray[np.float64] = start[index] + cycle * period + rng.random(count) * width
     seconds.sort()
-    return seconds - seconds[0]
+    seconds -= seconds[0]
+    return seconds
 
 
 def _draw_lengths(
