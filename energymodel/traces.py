@@ -300,6 +300,7 @@ def _scan_lines(source: Path | bytes, n_rows: int | None = None) -> pl.LazyFrame
         schema={"line": pl.String},
         encoding="utf8-lossy",
         n_rows=n_rows,
+        raise_if_empty=False,
         glob=False,
     )
 
