@@ -99,7 +99,6 @@ def _lengths(tokens: NDArray[np.int64]) -> dict[str, float | int]:
 
 
 def _print_statistics(requests: Requests, console: Console) -> None:
-    from rich import box  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     count = requests.arrival_seconds.size
@@ -114,7 +113,7 @@ def _print_statistics(requests: Requests, console: Console) -> None:
     else:
         line += ", all at once"
     console.print(line, highlight=False)
-    table = Table(title="Tokens", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title="Tokens", title_justify="left", box=None, pad_edge=False)
     sides = {
         "input": _lengths(requests.input_tokens),
         "output": _lengths(requests.output_tokens),
@@ -130,14 +129,13 @@ def _print_statistics(requests: Requests, console: Console) -> None:
 
 
 def _print_bins(binned: Binned, console: Console) -> None:
-    from rich import box  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     shown = np.sort(np.argsort(-binned.requests, kind="stable")[:_BINS_SHOWN])
     title = "Bins"
     if shown.size < binned.requests.size:
         title += f" (the {shown.size} fullest of {binned.requests.size}; JSON has all)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("input", "output", "requests", "share", "mean input", "mean output"):
         table.add_column(name, justify="right")
     for index in shown:
