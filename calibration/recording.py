@@ -22,7 +22,8 @@ class WindowFile:
     """Appends records to a file of windows, and knows which cases it holds already.
 
     A case counts as done when it has a valid window, or failed before (measure it again
-    with another file); invalid windows stay in the file and are measured again.
+    with another file); invalid windows stay in the file and are measured again, and so are
+    cases skipped for missing software.
 
     Raises
     ------
@@ -74,7 +75,7 @@ class WindowFile:
             if record.get("kind") == "header":
                 self._gpus = _gpu_names(record.get("identity", {}))
             elif record.get("kind") == "case" and (
-                record.get("valid") or record.get("status") != "ok"
+                record.get("valid") or record.get("status") == "failed"
             ):
                 self.done.add(str(record.get("case")))
 
