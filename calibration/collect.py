@@ -30,6 +30,7 @@ from calibration.meter import NvmlMeter
 from calibration.pump import Launchable, Pump, Timing, Work
 from calibration.recording import WindowFile
 from calibration.rig import Rig, cuda_rig
+from calibration.summary import write_summary
 from calibration.windows import Meter, MeterError, Window, window_to_json
 from energymodel.errors import EnergyModelError
 
@@ -469,8 +470,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{outcome.measured} valid windows, {outcome.invalid} invalid, {outcome.failed} failed, "
         f"{outcome.skipped} skipped, {outcome.left} left by the time limit, in "
-        f"{outcome.wall_seconds:.0f} s: {outcome.path}"
+        f"{outcome.wall_seconds:.0f} s: {outcome.path}",
+        flush=True,
     )
+    try:
+        print(write_summary(outcome.path).read_text(encoding="utf-8"))
+    except EnergyModelError as error:
+        print(f"warning: no summary: {error}", file=sys.stderr)
     return 0
 
 

@@ -71,6 +71,7 @@ class KernelRows:
         return self.pick(np.array([c == op_class for c in self.op_class]))
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.seconds)
 
 
@@ -185,12 +186,22 @@ def fit_watts(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Calib
     work = row_costs(rows, gpu, unit)
     compute_share = work.compute_seconds / (work.compute_seconds + work.memory_seconds)
     classes = [c for c in ENERGY_CLASSES if c in rows.op_class]
-    pairs = sorted({(c, d) for c, d, f in zip(rows.op_class, rows.dtype, rows.executed_flops, strict=True) if f > 0})
+    pairs = sorted(
+        {
+            (c, d)
+            for c, d, f in zip(rows.op_class, rows.dtype, rows.executed_flops, strict=True)
+            if f > 0
+        }
+    )
     flop_names = [p for p in pairs if p[0] in ("gemm", "moe", "attention_prefill")]
     t = rows.seconds
     columns = [np.where([c == name for c in rows.op_class], 1.0, 0.0) for name in classes]
     flops = [
-        np.where([(c, d) == pair for c, d in zip(rows.op_class, rows.dtype, strict=True)], work.flop_joules / t, 0.0)
+        np.where(
+            [(c, d) == pair for c, d in zip(rows.op_class, rows.dtype, strict=True)],
+            work.flop_joules / t,
+            0.0,
+        )
         for pair in flop_names
     ]
     hbm, onchip = work.hbm_joules / t, work.onchip_joules / t
@@ -226,14 +237,15 @@ def fit_watts(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Calib
     for (c, d), joules in per_flop.items():
         if c == "gemm":
             joules_per_flop[d] = joules
-    kernels = dict(calibration.kernels)
-    for c in kernels:
-        factor = per_flop.get((c, "bf16"), joules_per_flop["bf16"]) / joules_per_flop["bf16"]
-        kernels[c] = replace(
-            kernels[c],
-            active_watts=active.get(c, kernels[c].active_watts),
-            flop_energy_factor=factor,
+    reference = joules_per_flop["bf16"]
+    kernels = {
+        c: replace(
+            kernel,
+            active_watts=active.get(c, kernel.active_watts),
+            flop_energy_factor=per_flop.get((c, "bf16"), reference) / reference,
         )
+        for c, kernel in calibration.kernels.items()
+    }
     return replace(
         calibration,
         joules_per_flop=joules_per_flop,

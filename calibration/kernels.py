@@ -122,7 +122,7 @@ def _gemm(
         hbm_bytes=0.0 if resident else weights,
         activation_bytes=passing + (weights if resident else 0.0),
         priority=priority,
-        warmup_seconds=0.7 if m >= 512 else 0.4,  # noqa: PLR2004 - clock settles under the cap
+        warmup_seconds=0.7 if m >= 512 else 0.4,
     )
 
 
@@ -136,7 +136,7 @@ def _gemms() -> Iterator[Case]:
             rows = sorted({1, 128, *_ROWS[index % 3 :: 3]})
         for m in rows:
             quick = family == _WHOLE[0] and m in _QUICK_ROWS
-            core = family in _WHOLE or m <= 128 or index % 2 == 0  # noqa: PLR2004
+            core = family in _WHOLE or m <= 128 or index % 2 == 0
             yield _gemm(family, m, priority=0 if quick else 1 if core else 2)
     for m in (1, 16, 128, 1024, 8192):
         yield _gemm("llama-3.1-8b.gate_up", m, dtype="fp8", priority=1)
@@ -242,7 +242,7 @@ def _moe(model: str, tokens: int, kernel: str, skewed: bool, priority: int) -> C
         activation_bytes=passing,
         priority=priority,
         graph=kernel != "loop",
-        warmup_seconds=0.7 if tokens >= 512 else 0.4,  # noqa: PLR2004
+        warmup_seconds=0.7 if tokens >= 512 else 0.4,
     )
 
 
@@ -260,7 +260,7 @@ def _moes() -> Iterator[Case]:
             if first or tokens in (1, 16, 256, 1024):
                 yield _moe(model, tokens, "dense", False, 0 if quick else 1)
         for tokens in (16, 256, 1024):
-            yield _moe(model, tokens, "fused", True, 1 if tokens == 256 else 2)  # noqa: PLR2004
+            yield _moe(model, tokens, "fused", True, 1 if tokens == 256 else 2)
     for tokens in (1, 8, 64, 1024):
         yield _moe("olmoe-1b-7b", tokens, "grouped", False, 1)
         yield _moe("olmoe-1b-7b", tokens, "loop", False, 1)
@@ -294,7 +294,7 @@ def _stacks() -> Iterator[Case]:
                     },
                     flops=batch * (weights + 4.0 * layers * context * query * width),
                     hbm_bytes=weights + cache,
-                    priority=0 if batch < 64 else 1,  # noqa: PLR2004
+                    priority=0 if batch < 64 else 1,
                     graph=graph,
                 )
 
@@ -317,7 +317,7 @@ def _elementwise(kind: str, tokens: int, per_token: float, priority: int, **shap
 def _elementwises() -> Iterator[Case]:
     hidden, mlp, vocab, query, kv, width = 4096, 14336, 128256, 32, 8, 128
     for tokens in (8, 64, 1024, 8192):
-        level = 0 if tokens == 1024 else 1  # noqa: PLR2004
+        level = 0 if tokens == 1024 else 1
         late = level + 1
         yield _elementwise("rms_norm", tokens, 2 * hidden * _BF16, level, hidden=hidden)
         yield _elementwise("add_rms_norm", tokens, 4 * hidden * _BF16, level, hidden=hidden)

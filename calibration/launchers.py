@@ -103,10 +103,16 @@ def cuda_bed(uuids: tuple[str, ...] = (), *, use_vllm: bool = True) -> Bed:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     ops = _import("vllm._custom_ops", software) if use_vllm else None
+    if ops is not None and not hasattr(torch.ops._C, "rms_norm"):  # it only warns
+        software["missing vllm._C"] = "its compiled kernels did not load"
+        ops = None
     attention = _import("vllm.vllm_flash_attn", software) if use_vllm else None
     moe = None
     if ops is not None:
         moe = _import("vllm.model_executor.layers.fused_moe.fused_moe", software)
+    if moe is not None and not hasattr(torch.ops._moe_C, "moe_align_block_size"):
+        software["missing vllm._moe_C"] = "its compiled kernels did not load"
+        moe = None
     version = 0
     if attention is not None:
         known = [v for v in (3, 2) if attention.is_fa_version_supported(v)]
@@ -202,7 +208,7 @@ def _metadata(
 ) -> tuple[Any, int]:
     """FlashAttention 3's schedule as vLLM computes it, and the bound on splits."""
     splits = _SPLITS if batch * query_tokens <= _GRAPH_TOKENS else 0
-    if bed.attention_version != 3:  # noqa: PLR2004
+    if bed.attention_version != 3:
         return None, 0
     heads, kv_heads, width = sizes(case, "heads", "kv_heads", "head_dim")
     try:
@@ -308,7 +314,7 @@ def _attention(
             work = _paged_attention(case, bed, batch, query_tokens, context, count)
             work.call(0)
             return work
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"[:300]

@@ -24,6 +24,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from calibration.samples import (
+    DISTURBING,
+    REASONS,
+    Sample,
+    faults,
+    integral,
+    mean,
+    reason_shares,
+    std,
+)
 from calibration.windows import (
     GpuState,
     KeepBusy,
@@ -51,31 +61,9 @@ __all__ = [
 
 _SAMPLE_SECONDS = 0.02
 _TICK_TIMEOUT_SECONDS = 2.0
-_LEAST_TICKS = 4.5
 _LARGEST_CLOCK_STEP_SECONDS = 0.5
 _POWER_CAP_SHARE = 0.2
 _MEMORY_SCOPE = 2  # NVML_POWER_SCOPE_MEMORY
-
-_REASONS = {
-    0x1: "gpu_idle",
-    0x2: "applications_clocks",
-    0x4: "sw_power_cap",
-    0x8: "hw_slowdown",
-    0x10: "sync_boost",
-    0x20: "sw_thermal_slowdown",
-    0x40: "hw_thermal_slowdown",
-    0x80: "hw_power_brake",
-    0x100: "display_clocks",
-}
-_DISTURBING = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
-
-
-@dataclass(slots=True)
-class _Sample:
-    time_seconds: float
-    watts: list[float | None]
-    sm_clock_hz: float | None
-    reasons: int
 
 
 @dataclass(slots=True)
@@ -87,7 +75,7 @@ class _Open:
     edge_seconds: float | None
     unix_seconds: float
     states: tuple[GpuState, ...]
-    samples: list[_Sample]
+    samples: list[Sample]
     stop: threading.Event
     thread: threading.Thread
 
@@ -252,7 +240,7 @@ class NvmlMeter:
         if self._open is not None:
             raise MeterError(f"window '{self._open.name}' is still open; end it first")
         states = self._states()
-        samples: list[_Sample] = []
+        samples: list[Sample] = []
         stop = threading.Event()
         thread = threading.Thread(target=self._sample, args=(samples, stop), daemon=True)
         thread.start()
@@ -322,14 +310,14 @@ class NvmlMeter:
             )
         else:
             energy = tuple(
-                _integral([(s.time_seconds, s.watts[g]) for s in samples], duration)
+                integral([(s.time_seconds, s.watts[g]) for s in samples], duration)
                 for g in range(len(self._handles))
             )
-        shares = _reason_shares(samples)
+        shares = reason_shares(samples)
         others = self._processes.others(self._process_ids())
         limit = math.fsum(s.power_limit_watts or 0.0 for s in opened.states)
-        reasons = _faults(energy, duration, limit, self._tick_seconds)
-        reasons += [f"clocks held down: {name}" for name in _DISTURBING if shares.get(name)]
+        reasons = faults(energy, duration, limit, self._tick_seconds)
+        reasons += [f"clocks held down: {name}" for name in DISTURBING if shares.get(name)]
         if others:
             reasons.append(f"{others} other process(es) on the GPU")
         notes = []
@@ -348,12 +336,12 @@ class NvmlMeter:
             energy_method=self.energy_method,
             edge_uncertainty_seconds=edge,
             instant_mean_watts=instant,
-            instant_std_watts=_std(watts),
+            instant_std_watts=std(watts),
             instant_drift_watts=(
                 math.fsum(watts[-half:]) / half - math.fsum(watts[:half]) / half if half else None
             ),
             sample_count=len(samples),
-            sm_clock_hz=_mean([s.sm_clock_hz for s in samples if s.sm_clock_hz is not None]),
+            sm_clock_hz=mean([s.sm_clock_hz for s in samples if s.sm_clock_hz is not None]),
             throttle_shares=shares,
             power_capped=shares.get("sw_power_cap", 0.0) > _POWER_CAP_SHARE,
             states_before=opened.states,
@@ -441,19 +429,19 @@ class NvmlMeter:
                         1.0,
                     ),
                     memory_temperature_celsius=self._field(handle, "NVML_FI_DEV_MEMORY_TEMP"),
-                    throttle_reasons=tuple(name for bit, name in _REASONS.items() if reasons & bit),
+                    throttle_reasons=tuple(name for bit, name in REASONS.items() if reasons & bit),
                 )
             )
         return tuple(states)
 
-    def _sample(self, samples: list[_Sample], stop: threading.Event) -> None:
+    def _sample(self, samples: list[Sample], stop: threading.Event) -> None:
         while not stop.is_set():
             clock = self._ask("nvmlDeviceGetClockInfo", self._handles[0], self._nvml.NVML_CLOCK_SM)
             reasons = 0
             for handle in self._handles:
                 reasons |= self._reasons(handle)
             watts = [self._watts(h) for h in self._handles]
-            samples.append(_Sample(time.monotonic(), watts, _scaled(clock, 1e6), reasons))
+            samples.append(Sample(time.monotonic(), watts, _scaled(clock, 1e6), reasons))
             stop.wait(_SAMPLE_SECONDS)
 
     def _process_ids(self) -> frozenset[int]:
@@ -496,57 +484,6 @@ def _remedy(error: Exception) -> str:
         "NVMLError_LibRmVersionMismatch": "driver and library differ; reboot or reload the driver",
         "NVMLError_GpuIsLost": "the GPU fell off the bus; reset it or reboot",
     }.get(kind, "check that nvidia-smi works")
-
-
-def _faults(
-    energy: Sequence[float], duration: float, limit_watts: float, tick_seconds: float | None
-) -> list[str]:
-    """Reasons in the numbers themselves for which a window is not valid."""
-    reasons = []
-    if duration <= 0:
-        return ["the window has no duration"]
-    if any(math.isnan(e) for e in energy):
-        reasons.append("too few power samples")
-    elif any(e < 0 for e in energy):
-        reasons.append("the energy counter went backwards (driver reloaded?)")
-    elif any(e == 0 for e in energy):
-        reasons.append("the energy counter did not move")
-    elif limit_watts and math.fsum(energy) / duration > 1.5 * limit_watts:
-        reasons.append(
-            f"implausible: {math.fsum(energy) / duration:.0f} W over a {limit_watts:.0f} W limit"
-        )
-    if tick_seconds is not None and duration < _LEAST_TICKS * tick_seconds:
-        reasons.append(f"shorter than {_LEAST_TICKS:g} counter ticks")
-    return reasons
-
-
-def _reason_shares(samples: Sequence[_Sample]) -> dict[str, float]:
-    shares = {
-        name: sum(1 for s in samples if s.reasons & bit) / len(samples)
-        for bit, name in _REASONS.items()
-        if samples
-    }
-    return {name: share for name, share in shares.items() if share}
-
-
-def _integral(points: Sequence[tuple[float, float | None]], duration: float) -> float:
-    """Trapezoidal mean power of the samples times the window's duration [J]."""
-    known = [(t, w) for t, w in points if w is not None]
-    if len(known) < 2 or known[-1][0] <= known[0][0]:  # noqa: PLR2004
-        return math.nan
-    area = math.fsum((t1 - t0) * (w0 + w1) / 2 for (t0, w0), (t1, w1) in itertools.pairwise(known))
-    return area / (known[-1][0] - known[0][0]) * duration
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _std(values: Sequence[float]) -> float | None:
-    mean = _mean(values)
-    if mean is None:
-        return None
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
 
 
 def _scaled(value: Any, factor: float) -> float | None:

@@ -224,7 +224,7 @@ class Pump:
         host = None
         if launched:
             host = (self._host_seconds - host_seconds) / (launched * self._work.iterations)
-        if len(events) < 2:  # noqa: PLR2004
+        if len(events) < 2:
             return Timing(
                 iteration_seconds=None,
                 launch_std_share=None,

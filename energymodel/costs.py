@@ -74,7 +74,7 @@ def cost_tables(
         If the calibration does not know the stack.
     """
     token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
-    longest = max(serving.max_step_tokens, serving.max_batch, max(serving.graph_batch_sizes))
+    longest = max(serving.max_step_tokens, serving.max_batch, *serving.graph_batch_sizes)
     by_tokens = _costs(
         token_ops, step_stats(model, tokens=np.arange(longest + 1.0)), gpu, calibration
     )
@@ -139,8 +139,8 @@ def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
         )
         hint = f"; {fits} GPUs (--tensor-parallel {fits}) would do" if fits else ""
         raise CapacityError(
-            f"{model.name} needs {weights / GIB:.1f} GiB of weights per GPU on {have} x {gpu.title}, "
-            f"which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
+            f"{model.name} needs {weights / GIB:.1f} GiB of weights per GPU on {have} x "
+            f"{gpu.title}, which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
         )
     return blocks
 

@@ -113,13 +113,15 @@ def _headline(p: Prediction) -> Table:
     level = f"{p.interval_level:.0%}"
     table.add_row(
         "Energy",
-        f"[bold]{joules_text(p.energy_joules)}[/bold] = {p.energy_joules / JOULES_PER_KWH:.3g} kWh, "
-        f"{level} interval {joules_text(p.energy_joules_low)} to {joules_text(p.energy_joules_high)}",
+        f"[bold]{joules_text(p.energy_joules)}[/bold] = {p.energy_joules / JOULES_PER_KWH:.3g} kWh"
+        f", {level} interval {joules_text(p.energy_joules_low)} to "
+        f"{joules_text(p.energy_joules_high)}",
     )
     table.add_row(
         "",
         f"{joules_text(p.joules_per_request)} per request, "
-        f"{joules_text(p.joules_per_output_token)} per output token, {p.average_watts:.0f} W on average",
+        f"{joules_text(p.joules_per_output_token)} per output token, {p.average_watts:.0f} W on "
+        "average",
     )
     table.add_row(
         "Phases",
@@ -168,7 +170,7 @@ def _operators(p: Prediction) -> Table:
     for heading in ("operator", "energy", "share"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
     for name, value in p.by_operator_joules.items():
-        if value / p.energy_joules >= 0.001:  # noqa: PLR2004 - a line for a thousandth or more
+        if value / p.energy_joules >= 0.001:
             table.add_row(name, joules_text(value), f"{value / p.energy_joules:.1%}")
     return table
 

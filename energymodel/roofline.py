@@ -6,7 +6,8 @@ Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
 Energy of a step whose GPU time is t:
 
-    E = base_watts t + sum_o (active_watts_o t_o + e_flop F_o + e_hbm H_o + e_onchip A_o + e_link K_o)
+    E = base_watts t + sum_o (active_watts_o t_o + e_flop F_o + e_hbm H_o
+                             + e_onchip A_o + e_link K_o)
 
 When that average power exceeds the board's limit, the clock falls to a share x of its highest
 (`clock_under_cap`): compute-bound time grows as 1/x and core energy falls as x**a, because
@@ -15,6 +16,7 @@ the voltage falls with the clock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +31,7 @@ Array = NDArray[np.float64]
 
 TILE = 128
 """Rows and columns of a GEMM output tile on the GPUs modelled (CUTLASS default for Hopper)."""
+_ROWS, _TOKENS = STATS.index("rows"), STATS.index("tokens")
 _MMA_ROWS = 64
 """Rows of one warp-group matrix instruction (PTX ISA, wgmma.m64nNk16)."""
 
@@ -83,63 +86,90 @@ def operator_costs(
     ConfigurationError
         If the GPU has no published peak, or the calibration no energy, for a dtype in use.
     """
-    executed = stats @ table.executed_flops.T
-    weights_and_kv = stats @ table.hbm_bytes.T
-    activations = stats @ table.activation_bytes.T
-    link = stats @ table.link_bytes.T
     classes = [_kernel(calibration, c) for c in table.op_class]
-    peak = np.array([_peak(gpu, d) for d in table.compute_dtype])
-    flop_joules = np.array([_joules_per_flop(calibration, d) for d in table.compute_dtype])
 
-    def column(name: str) -> Array:
+    def parameter(name: str) -> Array:
         return np.array([getattr(c, name) for c in classes])
 
-    # activations beyond what the L2 keeps between two kernels travel through device memory
-    kept = calibration.onchip_share_of_l2 * gpu.l2_bytes * table.calls
-    spilled = np.maximum(activations - kept, 0.0)
-    hbm = weights_and_kv + spilled
-
-    is_gemm = table.gemm_n > 0
-    rows = np.where(
-        np.array([n == "logits" for n in table.names]),
-        stats[:, [STATS.index("rows")]],
-        stats[:, [STATS.index("tokens")]],
-    )
-    rows = np.maximum(rows, 1.0)
-    padding = np.where(is_gemm, np.ceil(rows / _MMA_ROWS) * _MMA_ROWS / rows, 1.0)
-    fill = np.where(is_gemm, wave_fill(rows, np.maximum(table.gemm_n, 1.0), gpu.sm_count), 1.0)
-    rate = peak * column("compute_efficiency") * fill ** column("wave_exponent")
-    compute = executed * padding / rate
+    is_logits = np.array([n == "logits" for n in table.names])
+    rows = np.where(is_logits, stats[:, [_ROWS]], stats[:, [_TOKENS]])
     is_link = np.array([c == "communication" for c in table.op_class])
-    bandwidth = column("memory_efficiency") * gpu.hbm_bytes_per_s
-    memory = (hbm + (activations - spilled) / calibration.onchip_speedup) / bandwidth
-    if np.any(is_link):
-        memory = np.where(
-            is_link, link / (column("memory_efficiency") * gpu.link_bytes_per_s), memory
-        )
-
-    sharpness = column("sharpness")
-    longest = np.maximum(np.maximum(compute, memory), 1e-30)
-    together = longest * ((compute / longest) ** sharpness + (memory / longest) ** sharpness) ** (
-        1.0 / sharpness
+    return kernel_costs(
+        executed_flops=stats @ table.executed_flops.T,
+        hbm_bytes=stats @ table.hbm_bytes.T,
+        activation_bytes=stats @ table.activation_bytes.T,
+        link_bytes=stats @ table.link_bytes.T,
+        calls=table.calls,
+        gemm_rows=rows,
+        gemm_columns=table.gemm_n,
+        flops_per_s=np.array([_peak(gpu, d) for d in table.compute_dtype]),
+        bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
+        joules_per_flop=np.array([_joules_per_flop(calibration, d) for d in table.compute_dtype]),
+        gpu=gpu,
+        calibration=calibration,
+        parameter=parameter,
     )
-    compute_share = (compute / longest) ** sharpness
-    compute_share = compute_share / (compute_share + (memory / longest) ** sharpness + 1e-300)
-    busy = (executed + hbm + activations + link) > 0
-    fixed = np.where(busy, table.calls * column("call_seconds"), 0.0)
+
+
+def kernel_costs(
+    *,
+    executed_flops: Array,
+    hbm_bytes: Array,
+    activation_bytes: Array,
+    link_bytes: Array,
+    calls: Array,
+    gemm_rows: Array,
+    gemm_columns: Array,
+    flops_per_s: Array,
+    bytes_per_s: Array,
+    joules_per_flop: Array,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    parameter: Callable[[str], Array],
+) -> OperatorCosts:
+    """Costs of kernels at the highest clock; every argument broadcasts against the others.
+
+    Parameters
+    ----------
+    executed_flops, hbm_bytes, activation_bytes, link_bytes : work of all `calls` together
+    gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
+    flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
+    parameter : values of a field of `KernelCalibration`, by its name
+    """
+    # activations beyond what the L2 keeps between two kernels travel through device memory
+    kept = calibration.onchip_share_of_l2 * gpu.l2_bytes * calls
+    spilled = np.maximum(activation_bytes - kept, 0.0)
+    hbm = hbm_bytes + spilled
+    moved = hbm + link_bytes + (activation_bytes - spilled) / calibration.onchip_speedup
+    memory = moved / (parameter("memory_efficiency") * bytes_per_s)
+
+    is_gemm = gemm_columns > 0
+    rows = np.maximum(gemm_rows, 1.0)
+    padding = np.where(is_gemm, np.ceil(rows / _MMA_ROWS) * _MMA_ROWS / rows, 1.0)
+    fill = np.where(is_gemm, wave_fill(rows, np.maximum(gemm_columns, 1.0), gpu.sm_count), 1.0)
+    efficiency = parameter("compute_efficiency") * fill ** parameter("wave_exponent")
+    compute = executed_flops * padding / (flops_per_s * efficiency)
+
+    sharpness = parameter("sharpness")
+    longest = np.maximum(np.maximum(compute, memory), 1e-30)
+    from_compute = (compute / longest) ** sharpness
+    from_memory = (memory / longest) ** sharpness
+    together = longest * (from_compute + from_memory) ** (1.0 / sharpness)
+    busy = (executed_flops + hbm + activation_bytes + link_bytes) > 0
+    compute_share = from_compute / (from_compute + from_memory + 1e-300)
+    fixed = np.where(busy, calls * parameter("call_seconds"), 0.0)
     compute_seconds = np.where(busy, together * compute_share, 0.0)
-    memory_seconds = np.where(busy, together - together * compute_share, 0.0) + fixed
-    active = column("active_watts")
-    factor = column("flop_energy_factor")
+    memory_seconds = np.where(busy, together * (1.0 - compute_share), 0.0) + fixed
+    active = parameter("active_watts")
     return OperatorCosts(
         memory_seconds=memory_seconds,
         compute_seconds=compute_seconds,
-        flop_joules=executed * flop_joules * factor,
-        onchip_joules=activations * calibration.joules_per_onchip_byte,
+        flop_joules=executed_flops * joules_per_flop * parameter("flop_energy_factor"),
+        onchip_joules=activation_bytes * calibration.joules_per_onchip_byte,
         active_memory_joules=active * memory_seconds,
         active_compute_joules=active * compute_seconds,
         hbm_joules=hbm * calibration.joules_per_hbm_byte,
-        link_joules=link * calibration.joules_per_link_byte,
+        link_joules=link_bytes * calibration.joules_per_link_byte,
     )
 
 

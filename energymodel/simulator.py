@@ -324,7 +324,7 @@ def _simulate(  # type: ignore[no-untyped-def]
         prefills = 0
         decodes = 0
         below = 0  # decoding sequences that have not filled the window yet
-        k = np.int64(1) << 40
+        k: Any = np.int64(1) << 40
         for i in range(n_scheduled):
             r = scheduled[i]
             tokens += chunk[i]
@@ -352,10 +352,15 @@ def _simulate(  # type: ignore[no-untyped-def]
             elif head < n:
                 known = inputs[head]
                 admissible = arrival[head] > cutoff or (known + block - 1) // block <= free
-        if not jump or prefills > 0 or n_scheduled < n_running or any_preempted:
-            k = 1
-        elif n_running < max_batch and (
-            n_preempted > 0 or (head < n and arrival[head] <= cutoff and admissible)
+        if (
+            not jump
+            or prefills > 0
+            or n_scheduled < n_running
+            or any_preempted
+            or (
+                n_running < max_batch
+                and (n_preempted > 0 or (head < n and arrival[head] <= cutoff and admissible))
+            )
         ):
             k = 1
         # blocks for k steps must be there
@@ -562,9 +567,10 @@ def simulate(
     tables = (costs.tokens, costs.rows, costs.attention, costs.phases, costs.graph_tokens)
     common: tuple[Any, ...] = (*requests, tables, costs.host, costs.limits, costs.config)
     if static_batches:
-        result = _simulate_static(*common)
+        result: Any = _simulate_static(*common)
     else:
-        result = _simulate(*common, jump, float(abandon_seconds))
+        continuous: tuple[Any, ...] = (*common, jump, float(abandon_seconds))
+        result = _simulate(*continuous)
     first_token, finish, request_joules, sums, totals, served = result
     if served < len(requests[0]):
         return None
@@ -580,4 +586,4 @@ def simulate(
     )
 
 
-assert len(ATTENTION_STATS) == 4  # noqa: S101 - the compiled loops index these four
+assert len(ATTENTION_STATS) == 4

@@ -276,7 +276,7 @@ def _head_lines(head: bytes, source: Path | bytes, where: str) -> list[str]:
         text = "\n".join(line or "" for line in rows["line"])
     else:
         text = head.decode("utf-8-sig", errors="replace")
-        if len(head) == _HEAD_BYTES and head.count(b"\n") < 2:  # noqa: PLR2004 (header and a row)
+        if len(head) == _HEAD_BYTES and head.count(b"\n") < 2:
             raise TraceError(
                 f"{where}: the first two lines are longer than {_HEAD_BYTES:,} bytes; a trace has "
                 "a header line and one line for each request"
@@ -321,8 +321,8 @@ def _find_format(
     found: Sequence[str], trace_format: str | None, where: str
 ) -> tuple[str, tuple[str, str, str]]:
     """Name of the format whose columns are there, and those columns: time, input, output."""
-    shown = ",".join(found[:20]) + (",..." if len(found) > 20 else "")  # noqa: PLR2004
-    shown = shown if len(shown) <= 300 else shown[:300] + "..."  # noqa: PLR2004
+    shown = ",".join(found[:20]) + (",..." if len(found) > 20 else "")
+    shown = shown if len(shown) <= 300 else shown[:300] + "..."
     candidates = [trace_format] if trace_format else list(_FORMATS)
     matches = [
         (name, columns) for name in candidates if (columns := _FORMATS[name].columns_in(found))

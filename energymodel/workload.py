@@ -253,8 +253,8 @@ def _check_lengths(
         raise TraceError(
             f"{requests.name}: {len(over)} of {len(total)} requests are longer than the {limit} "
             f"tokens that {model.name} is served with (the longest: request {worst + 1}, "
-            f"{requests.input_tokens[worst]} input + {requests.output_tokens[worst]} output tokens). "
-            f"Use a model with a longer context, drop those rows, or set --max-model-len "
+            f"{requests.input_tokens[worst]} input + {requests.output_tokens[worst]} output "
+            f"tokens). Use a model with a longer context, drop those rows, or set --max-model-len "
             f"{int(total.max())} to compute it all the same."
         )
 
@@ -510,8 +510,9 @@ def _load_warnings(served: _Served, requests: Requests) -> list[str]:
     drain = served.wall_seconds - served.last_arrival_seconds
     if served.last_arrival_seconds > 0 and drain > 0.1 * served.last_arrival_seconds + 30.0:
         warnings.append(
-            f"overloaded: the last request arrives at {served.last_arrival_seconds:.0f} s, the last "
-            f"token leaves at {served.wall_seconds:.0f} s; more replicas would shorten the queue"
+            f"overloaded: the last request arrives at {served.last_arrival_seconds:.0f} s, the "
+            f"last token leaves at {served.wall_seconds:.0f} s; more replicas would shorten the "
+            "queue"
         )
     if served.preemptions:
         warnings.append(

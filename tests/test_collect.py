@@ -24,6 +24,7 @@ from calibration.kernels import Case, build_suite
 from calibration.meter import MeterError, NvmlMeter, ReplayMeter
 from calibration.pump import Launchable, Work
 from calibration.rig import Rig
+from calibration.summary import write_summary
 from calibration.windows import read_jsonl
 from energymodel.errors import ConfigurationError, EnergyModelError
 
@@ -36,7 +37,12 @@ def kernels(count: int) -> list[Case]:
 
 
 def work_of(case: Case) -> Work:
-    return Work(call=lambda i: time.sleep(0.001), backend="fake", counts={"executed_flops": 7.0})
+    return Work(
+        call=lambda i: time.sleep(0.001),
+        backend="fake",
+        details={"distinct_experts": 4.0, "expert_rows": 32.0, "dispatched_ops": 10},
+        counts={"executed_flops": 7.0},
+    )
 
 
 class FakeRig:
@@ -331,3 +337,28 @@ def test_records_are_strict_json(tmp_path: Path) -> None:
     run(tmp_path / "w.jsonl", kernels(1))
     for line in (tmp_path / "w.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_the_summary_tells_it_on_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "_IDLE_WINDOW_SECONDS", 0.1)
+    wanted = (
+        *("idle.cold", "base.tiny.e32", "copy.copy.hbm.1024mib"),
+        *("stack.llama-3.2-1b.b1.graph", "stack.llama-3.2-1b.b1.eager"),
+        *("moe.fused.olmoe-1b-7b.t8", "moe.dense.olmoe-1b-7b.t8", "moe.fused.olmoe-1b-7b.t8.r2"),
+        *("gemm.bf16.llama-3.1-8b.gate_up.m16", "gemm.bf16.llama-3.1-8b.gate_up.m128"),
+    )
+    cases = [replace(c, warmup_seconds=0.01) for c in QUICK if c.name in wanted]
+    assert len(cases) == len(wanted)
+    bad = "gemm.bf16.llama-3.1-8b.gate_up.m128"
+    path = tmp_path / "w.jsonl"
+    run(path, cases, FakeRig({bad: RuntimeError("ptxas fatal")}))
+    page = write_summary(path).read_text()
+    for words in (
+        *("# Calibration of NVIDIA Fake 1", "| idle.cold |", "| copy hbm |", "ptxas fatal"),
+        *("| llama-3.2-1b.b1 |", "| olmoe-1b-7b | 8 |", "repeat of a case, energy"),
+    ):
+        assert words in page
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(EnergyModelError, match="no valid window"):
+        write_summary(empty)

@@ -150,7 +150,7 @@ def fit_task(mean: float, std: float, longest: int) -> Floats:
         return [found[0] / mean - 1, found[1] / std - 1]
 
     fit = least_squares(residuals, [np.log(mean), np.log(0.7)], xtol=1e-12)
-    if np.abs(fit.fun).max() > 1e-6:  # noqa: PLR2004
+    if np.abs(fit.fun).max() > 1e-6:
         raise SystemExit(f"no truncated lognormal has mean {mean} and deviation {std}: {fit.fun}")
     return truncated_lognormal(longest, fit.x[0], np.exp(fit.x[1]))
 
@@ -179,7 +179,7 @@ def fit_mixture(target: tuple[float, float, int, int], longest: int) -> Floats:
 
     starts = ([1.0, np.log(median), 0.0, np.log(p99 / w), -0.5] for w in (1.0, 2.0, 4.0))
     fit = min((least_squares(residuals, start) for start in starts), key=lambda f: f.cost)
-    if np.abs(fit.fun[:4]).max() > 0.02:  # noqa: PLR2004
+    if np.abs(fit.fun[:4]).max() > 0.02:
         raise SystemExit(f"the mixture misses {target}: {fit.fun[:4]}")
     return mass(fit.x)
 
@@ -215,7 +215,7 @@ def burstgpt(sample: Requests) -> dict[str, Any]:
     outputs, mean_output = bin_masses(grid.output_edges, output_mass)
     rank_correlation = float(spearmanr(sample.input_tokens, sample.output_tokens).statistic)
     cells = joint_masses(inputs, outputs, rank_correlation)
-    rows, columns = np.nonzero(cells > 1e-9)  # noqa: PLR2004
+    rows, columns = np.nonzero(cells > 1e-9)
     found = {}
     for name, mass in (("input", input_mass), ("output", output_mass)):
         mean, std = moments(mass)
