@@ -1,6 +1,6 @@
 """Meters whole serving stacks: energy and time of requests served by vLLM or Transformers.
 
-    python -m calibration.serving --plan calibration/plans/h200_a.json \
+    python -m calibration.serving --plan calibration/plans/h100.json \
         --out serving_a.jsonl --time-limit-seconds 570
 
 One process for each engine of the plan, one after another; the next one imports its libraries

@@ -3,7 +3,7 @@
 A plan is a JSON file::
 
     {
-      "name": "h200_a", "gpu_index": 0, "window_seconds": 2.5, "seed": 0,
+      "name": "h100", "gpu_index": 0, "window_seconds": 2.5, "seed": 0,
       "engine": {"max_num_seqs": 256},
       "case_sets": {
         "static": [{"input_tokens": 128, "output_tokens": 32, "batch": 8}],
