@@ -187,6 +187,47 @@ def known() -> None:
             typer.echo(f"{title}: {', '.join(names)}")
 
 
+@app.command()
+def validate(
+    public: Annotated[
+        Path, typer.Option(help="Folder of measurements that others published.")
+    ] = Path("../shared"),
+    own: Annotated[
+        Path | None, typer.Option(help="Folder of serving records.  [default: those that ship]")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write validation.md, .json and .png into this folder.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 1 if an error exceeds its recorded level.")
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Record today's error levels for --check.")
+    ] = False,
+    format: Annotated[OutputFormat, typer.Option(help="table or json.")] = OutputFormat.table,
+) -> None:
+    """Compare predictions with measurements, and say how wrong they are."""
+    with _user_errors():
+        from calibration.validation_report import run  # noqa: PLC0415
+
+        as_json = format is OutputFormat.json
+        color = sys.stdout.isatty()
+        text, failures = run(
+            public=public,
+            own=own,
+            report=report,
+            check=check,
+            record=record,
+            as_json=as_json,
+            color=color,
+        )
+        typer.echo(text)
+        for failure in failures:
+            typer.echo(f"worse than recorded: {failure}", err=True)
+        if failures:
+            raise typer.Exit(1)
+
+
 def _check_writable(output: Path | None) -> None:
     """Fail before the work, not after it."""
     if output is None:

@@ -1,0 +1,147 @@
+"""Reads this project's own serving records (`serving.py` writes them) as measured rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.serving_engine import VLLM_ARGUMENTS
+from calibration.validation_rows import OWN, LeftOut, MeasuredRow, offline
+from energymodel.errors import EnergyModelError
+from energymodel.gpus import load_gpu
+from energymodel.models import model_from_config
+from energymodel.traces import Requests
+
+_KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+
+
+def read_own(folder: Path) -> tuple[list[MeasuredRow], list[LeftOut]]:
+    """Read the runs of every `*.jsonl` and `*.jsonl.gz` of a folder, in order of file names.
+
+    Raises
+    ------
+    EnergyModelError
+        If a file cannot be read or a record lacks what a run needs; names file and line.
+    """
+    rows: list[MeasuredRow] = []
+    reasons: Counter[str] = Counter()
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+        engines: dict[tuple[str, int], Mapping[str, Any]] = {}
+        for number, record in _records(path, reasons):
+            try:
+                if record["kind"] == "engine":
+                    engines[record["plan"], record["run"]] = record
+                elif record["kind"] == "run":
+                    item = _row(record, engines.get((record["plan"], record["run"])))
+                    if isinstance(item, str):
+                        reasons[item] += 1
+                    else:
+                        rows.append(item)
+                elif record["kind"] in ("error", "skipped", "exit"):
+                    reasons[f"not measured ({record['kind']})"] += 1
+            except (KeyError, TypeError, ValueError) as error:
+                raise EnergyModelError(
+                    f"{path}, line {number}: not a serving record as `python -m "
+                    f"calibration.serving` writes it ({type(error).__name__}: {error})"
+                ) from error
+            except EnergyModelError as error:
+                raise EnergyModelError(f"{path}, line {number}: {error}") from error
+    return rows, [LeftOut(source=OWN, reason=r, rows=n) for r, n in sorted(reasons.items())]
+
+
+def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and records; lines cut off when a run was killed are counted, not used."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise EnergyModelError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            reasons["line cut off (the run was killed)"] += 1
+            continue
+        yield number, record
+
+
+def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> MeasuredRow | str:
+    """Turn a record of kind `run` into a row, or say why it is none."""
+    if engine is None:
+        raise EnergyModelError("a run without the record of its engine before it")
+    if not record["window"]["valid"]:
+        return f"window not valid: {record['window']['invalid_reason']}"
+    case, settings = record["case"], engine["settings"]
+    boards = engine["identity"]["gpus"]
+    gpu = load_gpu(boards[0]["name"]).name
+    model_name = Path(record["model"]).name.removesuffix(".json")
+    output_tokens = record["output_tokens"]
+    name = f"{model_name} {record['case_name'].removeprefix('static-').replace('-', ' ')}"
+    if case["kind"] == "static":
+        requests = offline(name, [case["input_tokens"]] * case["batch"], case["output_tokens"])
+        phase = "prefill" if case["output_tokens"] == 1 else "batch"
+    else:
+        requests = _trace_requests(name, record["trace"])
+        phase = "trace"
+    return MeasuredRow(
+        source=OWN,
+        name=name,
+        gpu=gpu,
+        model=model_from_config(engine["config"], name=model_name),
+        model_name=model_name,
+        stack=record["stack"],
+        phase=phase,
+        batch=len(requests.input_tokens),
+        requests=requests,
+        options=_options(record["stack"], settings, engine["run_plan"]["engine"], requests),
+        joules_per_output_token=record["joules_per_repeat"] / output_tokens,
+        seconds_per_output_token=record["seconds_per_repeat"] / output_tokens,
+        ttft_seconds=_median(record["ttft_seconds"]),
+        tpot_seconds=_median(record["tpot_seconds"]),
+        note=f"weights: {settings.get('weights', 'unknown')}; plan {record['plan']}",
+    )
+
+
+def _trace_requests(name: str, trace: Mapping[str, Any]) -> Requests:
+    arrivals = np.array(trace["arrival_seconds"], dtype=float)
+    return Requests(
+        name=name,
+        arrival_seconds=arrivals - arrivals[0],
+        input_tokens=np.array(trace["input_tokens"], dtype=np.int64),
+        output_tokens=np.array(trace["output_tokens"], dtype=np.int64),
+    )
+
+
+def _median(spread: Mapping[str, float] | None) -> float | None:
+    return None if spread is None else spread["p50"]
+
+
+def _options(
+    stack: str, settings: Mapping[str, Any], asked: Mapping[str, Any], requests: Requests
+) -> dict[str, Any]:
+    """Arguments of `predict`: the engine's own settings, else what it was asked for."""
+    if stack == "transformers":
+        return {"max_batch": len(requests.input_tokens)}
+
+    def setting(name: str) -> Any:
+        value = settings.get(name)
+        return asked.get(name, VLLM_ARGUMENTS.get(name)) if value is None else value
+
+    cache = settings.get("kv_cache_dtype") or "auto"
+    if cache not in _KV_DTYPES:
+        raise EnergyModelError(f"KV cache of dtype {cache} is not modelled")
+    return {
+        "max_batch": int(setting("max_num_seqs")),
+        "max_step_tokens": setting("max_num_batched_tokens"),
+        "max_model_len": setting("max_model_len"),
+        "tensor_parallel": int(setting("tensor_parallel_size") or 1),
+        "kv_dtype": _KV_DTYPES[cache],
+    }

@@ -1,0 +1,398 @@
+"""A validation as text for the terminal, a Markdown page, JSON, and a plot."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from calibration.public_runs import SOURCES
+from calibration.validate import (
+    NAIVE_RULES,
+    OWN_RUNS,
+    ErrorStats,
+    Group,
+    Validation,
+    by_model,
+    by_phase,
+    by_source,
+    check_levels,
+    group_by,
+    load_levels,
+    record_levels,
+    to_dict,
+    validate,
+)
+from calibration.validation_rows import OWN, Comparison, load_split, measured_watts
+from energymodel.errors import EnergyModelError
+
+PAGE, PLOT, DATA_FILE = "validation.md", "validation.png", "validation.json"
+
+_SPLITS = ((False, "held out"), (True, "open to fits"))
+
+
+def terminal_text(validation: Validation, *, color: bool) -> str:
+    """Compact tables for a terminal."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    width = max(shutil.get_terminal_size((126, 24)).columns, 100) if color else 126
+    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    for fitted, title in _SPLITS:
+        groups = group_by(validation.comparisons, by_source, fitted=fitted)
+        if not groups:
+            continue
+        table = Table(title=f"Rows {title}: |error| in %", title_justify="left", box=None)
+        table.add_column("source, GPU, stack", no_wrap=True)
+        for heading in (
+            "rows",
+            "J med",
+            "p90",
+            "max",
+            "sign",
+            "in range",
+            "W med",
+            "s med",
+            "p90",
+            "FLOPs J",
+            "best rule",
+        ):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for group in groups:
+            table.add_row(group.name, *_terminal_cells(group))
+        console.print(table)
+        console.print()
+    console.print(
+        "[dim]sign: median with its sign, - = predicted too low; in range: measured energy lies in "
+        "the interval;\nFLOPs J: median |error| of FLOPs x TDP / peak; best rule: that of the best "
+        "naive rule.[/dim]"
+    )
+    out = console.file
+    assert isinstance(out, io.StringIO)
+    lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
+    lines += [f"skipped: {reason}" for reason in validation.skipped]
+    if count := sum(entry.rows for entry in validation.left_out):
+        lines.append(f"left out: {count} rows, reasons in the report (--report FOLDER)")
+    return "\n".join(lines)
+
+
+def _terminal_cells(group: Group) -> list[str]:
+    joules, seconds, watts = group.joules, group.seconds, group.watts
+    flops = group.naive["flops_tdp"]
+    best = _best_rule(group)
+    return [
+        str(group.rows),
+        *(_percent(joules, name) for name in ("median_abs", "p90_abs", "max_abs", "median")),
+        "-" if group.coverage is None else f"{group.coverage:.0%}",
+        _percent(watts, "median_abs"),
+        _percent(seconds, "median_abs"),
+        _percent(seconds, "p90_abs"),
+        _percent(flops, "median_abs"),
+        "-" if best is None else f"{_percent(best[1], 'median_abs')} {best[0]}",
+    ]
+
+
+def _percent(stats: ErrorStats | None, name: str) -> str:
+    if stats is None:
+        return "-"
+    value = 100.0 * getattr(stats, name)
+    return f"{value:+.1f}" if name == "median" else f"{value:.1f}"
+
+
+def _best_rule(group: Group) -> tuple[str, ErrorStats] | None:
+    known = [(rule, stats) for rule, stats in group.naive.items() if stats is not None]
+    return min(known, key=lambda item: item[1].median_abs) if known else None
+
+
+# -- Markdown -------------------------------------------------------------------------
+
+
+def write_report(validation: Validation, folder: Path, sections: Sequence[str] = ()) -> None:
+    """Write `validation.md`, `validation.json` and `validation.png` into a folder.
+
+    `sections` are further parts of the page, in Markdown, put before the list of all rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(validation, folder / PLOT)
+    (folder / DATA_FILE).write_text(
+        json.dumps(to_dict(validation), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (folder / PAGE).write_text(markdown(validation, sections), encoding="utf-8")
+
+
+def markdown(validation: Validation, sections: Sequence[str] = ()) -> str:
+    """Return the whole page."""
+    parts = [_INTRODUCTION, f"![Predicted against measured joules per output token]({PLOT})"]
+    for fitted, title in _SPLITS:
+        tables = [
+            _group_table(heading, group_by(validation.comparisons, key, fitted=fitted))
+            for heading, key in (
+                ("By source, GPU and stack", by_source),
+                ("By model", by_model),
+                ("By phase and batch", by_phase),
+            )
+        ]
+        naive = _naive_table(group_by(validation.comparisons, by_source, fitted=fitted))
+        count = sum(c.fitted == fitted for c in validation.comparisons)
+        parts.append(f"## Rows {title}")
+        parts += [*tables, naive] if count else ["None yet."]
+    parts += [_sources(), *sections, _split_text(), _left_out(validation), _all_rows(validation)]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# Validation
+
+Generated by `energymodel validate --report docs`; do not edit by hand.
+
+Every measured row is served by the simulator with its own requests and engine settings, on the
+calibration that ships for its GPU. An error is predicted / measured - 1. Joules are those of all
+GPU boards of the row, seconds are time per output token (1 / throughput), watts the average power.
+"n" counts rows; |e| is the size of an error, "sign" the median with its sign, negative where the
+prediction is too low. "In range" is the share of measured energies inside the printed interval,
+which is meant to be 90 %.
+
+A saturated server is simulated as two offline workloads: both fill the batch and drain it with the
+same requests, one has more in between; the difference of their joules, seconds and tokens is the
+steady state, newcomers' prefill included (`steady_state` in `calibration/validation_rows.py`).
+
+Naive rules get what a user would give them: tokens, parameters, and where they need a time, the
+time that this model predicts."""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join([_line(head), _line(rule), *(_line(row) for row in rows)])
+
+
+def _group_table(heading: str, groups: Sequence[Group]) -> str:
+    head = (
+        "group",
+        "n",
+        "J: median \\|e\\|",
+        "p90",
+        "max",
+        "sign",
+        "in range",
+        "W: median \\|e\\|",
+        "sign",
+        "s: median \\|e\\|",
+        "p90",
+        "sign",
+        "TTFT",
+        "TPOT",
+    )
+    rows = []
+    for g in groups:
+        joules, watts, seconds = (
+            [_percent(stats, name) for name in names]
+            for stats, names in (
+                (g.joules, ("median_abs", "p90_abs", "max_abs", "median")),
+                (g.watts, ("median_abs", "median")),
+                (g.seconds, ("median_abs", "p90_abs", "median")),
+            )
+        )
+        covered = "-" if g.coverage is None else f"{100 * g.coverage:.0f}"
+        latency = [_percent(stats, "median") for stats in (g.ttft, g.tpot)]
+        rows.append([g.name, str(g.rows), *joules, covered, *watts, *seconds, *latency])
+    return f"### {heading}\n\nErrors in %. TTFT and TPOT: median with sign.\n\n" + _markdown_table(
+        head, rows
+    )
+
+
+def _naive_table(groups: Sequence[Group]) -> str:
+    rows = [
+        [g.name, _both(g.joules), *(_both(g.naive[rule]) for rule in NAIVE_RULES)] for g in groups
+    ]
+    return (
+        "### Energy by naive rules\n\nMedian |error| in % (median with sign).\n\n"
+        + _markdown_table(("group", "this model", *NAIVE_RULES), rows)
+    )
+
+
+def _both(stats: ErrorStats | None) -> str:
+    if stats is None:
+        return "-"
+    return f"{_percent(stats, 'median_abs')} ({_percent(stats, 'median')})"
+
+
+def _sources() -> str:
+    lines = [
+        f"- **{name}**: {s.title}. {s.citation}. {s.assumption}" for name, s in SOURCES.items()
+    ]
+    own = (
+        f"- **{OWN}**: this project's records under `calibration/data/serving`, made by "
+        "`python -m calibration.serving`."
+    )
+    return "## Sources and what is assumed about them\n\n" + "\n".join([*lines, own])
+
+
+def _split_text() -> str:
+    split = load_split()
+    fit = "; ".join(f"{key}: {', '.join(map(str, names))}" for key, names in split["fit"].items())
+    where = "`calibration/data/split.json`"
+    return f"## The split\n\n{split['comment']}\n\nOpen to fits ({where}): {fit}."
+
+
+def _left_out(validation: Validation) -> str:
+    rows = [[e.source, str(e.rows), e.reason] for e in validation.left_out]
+    lines = [f"- {e[0]}: {e[1]} rows: {e[2]}" for e in rows]
+    lines += [f"- skipped: {reason}" for reason in validation.skipped]
+    return "## Rows left out\n\n" + ("\n".join(lines) if lines else "None.")
+
+
+def _all_rows(validation: Validation) -> str:
+    head = (
+        "row",
+        "GPU",
+        "stack",
+        "phase",
+        "J/token measured",
+        "predicted",
+        "e %",
+        "W measured",
+        "e %",
+        "ms/token measured",
+        "predicted",
+        "e %",
+    )
+    parts = ["## All rows"]
+    sources: dict[str, list[Comparison]] = {}
+    for c in validation.comparisons:
+        sources.setdefault(c.row.source, []).append(c)
+    for source, members in sources.items():
+        parts.append(f"### {source}")
+        parts.append(_markdown_table(head, [_row_cells(c) for c in members]))
+    return "\n\n".join(parts)
+
+
+def _row_cells(c: Comparison) -> list[str]:
+    row = c.row
+    return [
+        row.name + (" (fit)" if c.fitted else ""),
+        row.gpu,
+        row.stack,
+        row.phase,
+        _number(row.joules_per_output_token),
+        _number(c.joules_per_output_token),
+        _signed(c.joules_error),
+        _number(measured_watts(row)),
+        _signed(c.watts_error),
+        _number(row.seconds_per_output_token * 1e3),
+        _number(c.seconds_per_output_token * 1e3),
+        _signed(c.seconds_error),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
+
+
+# -- plot -----------------------------------------------------------------------------
+
+_COLORS = {
+    OWN: "#0072b2",
+    "ML.ENERGY v3": "#d55e00",
+    "ML.ENERGY v2": "#cc79a7",
+    "Splitwise": "#009e73",
+    "EnergAIzer": "#e69f00",
+}
+_MARKERS = {"prefill": "s", "batch": "o", "saturated": "^", "trace": "D"}
+
+
+def plot(validation: Validation, path: Path) -> None:
+    """Predicted against measured joules per output token, and the ratio of the two, as PNG.
+
+    Raises
+    ------
+    EnergyModelError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise EnergyModelError(
+            "the report's plot needs matplotlib: pip install 'energymodel[report]'"
+        ) from error
+    rows = [c for c in validation.comparisons if c.row.joules_per_output_token is not None]
+    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    seen: dict[str, Any] = {}
+    for c in rows:
+        measured, ratio = c.row.joules_per_output_token, c.joules_error
+        assert measured is not None and ratio is not None
+        look = {
+            "color": _COLORS.get(c.row.source, "black"),
+            "marker": _MARKERS[c.row.phase],
+            "facecolors": "none" if c.fitted else None,
+            "s": 18,
+            "linewidths": 0.8,
+        }
+        if look["facecolors"] is None:
+            del look["facecolors"]
+        label = f"{c.row.source}, {c.row.gpu}, {c.row.phase}" + (" (fit)" if c.fitted else "")
+        seen[label] = left.scatter(measured, c.joules_per_output_token, **look)
+        right.scatter(max(c.row.batch, 1), 1.0 + ratio, **look)
+    if rows:
+        values = [c.row.joules_per_output_token for c in rows if c.row.joules_per_output_token]
+        ends = [min(values) * 0.7, max(values) * 1.4]
+        left.plot(ends, ends, color="black", linewidth=0.8)
+        for factor in (0.8, 1.25):
+            left.plot(ends, [v * factor for v in ends], color="black", linewidth=0.4, ls=":")
+        left.set(xscale="log", yscale="log")
+        right.set(xscale="log", yscale="log", xlabel="sequences in the batch")
+        right.set_xscale("log", base=2)
+        left.legend(seen.values(), seen.keys(), fontsize=7, loc="upper left", frameon=False)
+    left.set(xlabel="measured [J per output token]", ylabel="predicted [J per output token]")
+    left.set_title("Energy (dotted: 20 % less, 25 % more)", fontsize=10)
+    right.axhline(1.0, color="black", linewidth=0.8)
+    right.set(ylabel="predicted / measured")
+    right.set_title("Ratio over the batch", fontsize=10)
+    figure.savefig(path, metadata={"Software": None})
+
+
+# -- the command ----------------------------------------------------------------------
+
+
+def run(
+    *,
+    public: Path,
+    own: Path | None,
+    report: Path | None,
+    check: bool,
+    record: bool,
+    as_json: bool,
+    color: bool,
+) -> tuple[str, list[str]]:
+    """Validate, write what was asked for, and return the text to print and failed checks.
+
+    Raises
+    ------
+    EnergyModelError
+        If measurements cannot be read, or nothing at all was found to compare.
+    """
+    validation = validate(public=public, own=own or OWN_RUNS)
+    if not validation.comparisons:
+        raise EnergyModelError("nothing to validate with: " + "; ".join(validation.skipped))
+    if report is not None:
+        write_report(validation, report)
+    failures: list[str] = []
+    notices: list[str] = []
+    if check:
+        failures, notices = check_levels(validation, load_levels())
+    if record:
+        record_levels(validation)
+    if as_json:
+        return json.dumps(to_dict(validation), indent=2, allow_nan=False), failures
+    text = terminal_text(validation, color=color)
+    return "\n".join([text, *notices]), failures
