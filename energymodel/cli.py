@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,10 +44,25 @@ def _user_errors() -> Iterator[None]:
     except EnergyModelError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+    except MemoryError as error:
+        typer.echo("error: out of memory; give a smaller trace, or lower the limits", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _print(text: str) -> None:
+    """Write to stdout; a reader that has gone (`| head`) is no error."""
+    try:
+        typer.echo(text)
     except BrokenPipeError:
-        # the reader of our output has gone (`| head`): nothing left to say
+        # what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise EnergyModelError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def _version(value: bool) -> None:
@@ -83,21 +99,23 @@ def predict(
     max_batch: Annotated[int, typer.Option(help="Sequences in flight (vLLM max_num_seqs).")] = 256,
     max_step_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens a step (vLLM max_num_batched_tokens).  [default: as vLLM]"),
+        typer.Option(
+            help="Tokens a step (vLLM max_num_batched_tokens).", show_default="vLLM's for the GPU"
+        ),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Longest context served.  [default: the model's]")
+        int | None, typer.Option(help="Longest context served.", show_default="the model's")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Weights: bf16, fp16, fp8, int8, int4, mxfp4, fp32.")
     ] = "bf16",
     kv_dtype: Annotated[
-        str | None, typer.Option(help="KV cache: bf16, fp16 or fp8.  [default: bf16]")
+        str | None, typer.Option(help="KV cache: bf16, fp16 or fp8.", show_default="bf16")
     ] = None,
     binning: Annotated[str, typer.Option(help="exact, or paper for its ceiling bins.")] = "exact",
     pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
     grid: Annotated[
-        str | None, typer.Option(help="Grid's name, or its intensity in gCO2/kWh.")
+        str | None, typer.Option(help="Country, or carbon intensity in gCO2e/kWh.")
     ] = None,
     format: Annotated[OutputFormat, typer.Option(help="How to print.")] = OutputFormat.table,
     output: Annotated[
@@ -105,14 +123,18 @@ def predict(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of drawn workloads and Poisson arrivals.")] = 0,
     trace_format: Annotated[
-        str | None, typer.Option(help="Force the trace's format.  [default: from its columns]")
+        str | None,
+        typer.Option(help="Force the trace's format.", show_default="from its columns"),
     ] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse traces with bad rows.")] = False,
     calibration: Annotated[
         str | None, typer.Option(help="Calibration file in place of the GPU's own.")
     ] = None,
 ) -> None:
-    """Predict the energy of serving a request trace."""
+    """Predict the energy of serving a request trace.
+
+    `energymodel known` lists GPUs, models, workloads and grids.
+    """
     with _user_errors():
         _check_writable(output)
         from energymodel.report import render  # noqa: PLC0415
@@ -140,51 +162,46 @@ def predict(
             strict=strict,
             calibration=calibration,
         )
-        for warning in result.warnings:
-            typer.echo(f"warning: {warning}", err=True)
+        if format is not OutputFormat.table or output is not None:  # a table shows its warnings
+            for warning in result.warnings:
+                typer.echo(f"warning: {warning}", err=True)
         _write(render(result, format.value, color=output is None and sys.stdout.isatty()), output)
 
 
 @trace_app.command("describe")
 def trace_describe(
     file: Annotated[str, typer.Argument(help="Trace file, `-`, or a built-in workload's name.")],
-    format: Annotated[OutputFormat, typer.Option(help="table or json.")] = OutputFormat.table,
-    trace_format: Annotated[str | None, typer.Option(help="Force the trace's format.")] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
+    format: Annotated[
+        OutputFormat, typer.Option(help="How to print; csv holds the bins.")
+    ] = OutputFormat.table,
+    output: Annotated[
+        Path | None, typer.Option(help="Write there instead of to the terminal.")
+    ] = None,
+    trace_format: Annotated[
+        str | None,
+        typer.Option(help="Force the trace's format.", show_default="from its columns"),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse traces with bad rows.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
 ) -> None:
     """Show a trace's statistics, bins and histograms."""
     with _user_errors():
-        import json  # noqa: PLC0415
-
-        from energymodel.trace_cli import describe, print_description  # noqa: PLC0415
+        _check_writable(output)
+        from energymodel.trace_cli import render_description  # noqa: PLC0415
         from energymodel.workloads import load_requests  # noqa: PLC0415
 
         requests = load_requests(file, trace_format=trace_format, strict=strict, seed=seed)
-        if format is OutputFormat.json:
-            typer.echo(json.dumps(describe(requests), indent=2))
-        else:
-            print_description(requests)
+        color = output is None and sys.stdout.isatty()
+        _write(render_description(requests, format.value, color=color), output)
 
 
 @app.command()
 def known() -> None:
-    """List the GPUs, models, stacks and workloads known by name."""
+    """List the GPUs, models, stacks, workloads and grids known by name."""
     with _user_errors():
-        from energymodel.calibrations import load_calibration  # noqa: PLC0415
-        from energymodel.gpus import list_gpus  # noqa: PLC0415
-        from energymodel.models import list_models  # noqa: PLC0415
-        from energymodel.workload import STACKS  # noqa: PLC0415
-        from energymodel.workloads import list_workloads  # noqa: PLC0415
+        from energymodel.known import render_known  # noqa: PLC0415
 
-        gpus = [f"{name} ({load_calibration(name).origin})" for name in list_gpus()]
-        for title, names in (
-            ("GPUs", gpus),
-            ("models", list_models()),
-            ("stacks", STACKS),
-            ("workloads", list_workloads()),
-        ):
-            typer.echo(f"{title}: {', '.join(names)}")
+        _print(render_known(color=sys.stdout.isatty()))
 
 
 @app.command()
@@ -232,30 +249,56 @@ def _check_writable(output: Path | None) -> None:
     """Fail before the work, not after it."""
     if output is None:
         return
-    if output.is_dir():
-        raise EnergyModelError(f"--output {output} is a folder; name a file")
-    if not output.parent.is_dir():
-        raise EnergyModelError(f"--output {output}: the folder {output.parent} does not exist")
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
+    try:
+        if output.is_dir():
+            raise EnergyModelError(f"--output {output} is a folder; name a file")
+        target = output.resolve()
+        folder_exists = target.parent.is_dir()
+        writable = os.access(target if target.exists() else target.parent, os.W_OK)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, null byte
+        raise EnergyModelError(f"--output {str(output)!r} is no usable path: {error}") from error
+    if not folder_exists:
+        raise EnergyModelError(f"--output {output}: the folder {target.parent} does not exist")
+    if not writable:
         raise EnergyModelError(f"--output {output} cannot be written; choose another place")
 
 
 def _write(text: str, output: Path | None) -> None:
     """Print, or write whole: a file appears complete or not at all."""
     if output is None:
-        typer.echo(text)
+        _print(text)
         return
-    part = output.with_name(output.name + ".part")
+    target = output.resolve()  # a link stays a link
+    data = (text + "\n").encode("utf-8", errors="replace")
     try:
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(output)
+        if target.exists() and not target.is_file():  # a pipe or a device
+            target.write_bytes(data)
+        else:
+            _replace(target, data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise EnergyModelError(f"--output {output} cannot be written: {error.strerror}") from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Put a complete file in the place of `target`, its mode kept."""
+    part = target.with_name(f".energymodel-{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            part.chmod(target.stat().st_mode & 0o7777)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def main() -> None:
     """Entry point of the `energymodel` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`
     app()
 
 

@@ -47,10 +47,19 @@ def load_grid_intensity(name_or_number: str) -> GridIntensity:
     return GridIntensity(name=f"{number:g} gCO2e/kWh", grams_per_kwh=number, source="given")
 
 
+def list_grids() -> tuple[str, ...]:
+    """Names of the grids that ship with the package."""
+    return tuple(row["name"] for row in _rows())
+
+
+def _rows() -> list[dict[str, str]]:
+    with data_path("grids.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _by_name(text: str) -> GridIntensity:
     key = text.lower().replace("-", " ").replace("_", " ")
-    with data_path("grids.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows()
     for row in rows:
         if key and key in {row[column].lower() for column in ("name", "alpha2", "alpha3")}:
             return GridIntensity(
@@ -58,5 +67,6 @@ def _by_name(text: str) -> GridIntensity:
                 grams_per_kwh=float(row["grams_per_kwh"]),
                 source=f"{row['source']}, {row['year']}",
             )
-    known = [row["name"] for row in rows]
-    raise ConfigurationError(unknown_name("grid", text, known) + " Or give a number in gCO2e/kWh.")
+    raise ConfigurationError(
+        unknown_name("grid", text, list_grids()) + " Or give a number in gCO2e/kWh."
+    )

@@ -6,16 +6,42 @@ import csv
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
-from energymodel.results import BinEnergy, Prediction
-from energymodel.units import JOULES_PER_KWH
+from energymodel.results import BinEnergy, Percentiles, Prediction
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _MOST_BINS = 20
+_NARROWEST, _DEFAULT, _WIDEST = 80, 100, 120  # columns
+_ROOMY = 96  # columns from which on there are two spaces between columns
+_SMALLEST_SHARE = 0.001  # of an operator with a row of its own
+
+_Units = tuple[tuple[str, float], ...]  # name and size, largest first
+
+_JOULES: _Units = (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3), ("µJ", 1e-6))
+_WATT_HOURS: _Units = (("MWh", 3.6e9), ("kWh", 3.6e6), ("Wh", 3.6e3), ("mWh", 3.6))
+_GRAMS: _Units = (("t", 1e6), ("kg", 1e3), ("g", 1.0), ("mg", 1e-3))
+_SECONDS: _Units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+_MINUTES_FROM, _HOURS_FROM = 120.0, 7200.0  # seconds: smaller ones read better in the smaller unit
+
+_COMPONENTS = {
+    "base": "GPU awake and its kernels resident",
+    "flops": "arithmetic",
+    "onchip": "activations between kernels, on chip",
+    "hbm": "weights, KV cache and spilled activations from device memory",
+    "link": "GPU to GPU",
+    "host_wait": "GPU awake, waiting for the host within and between steps",
+    "idle": "no request in flight",
+}
+_LATENCIES = {
+    "TTFT": "time to first token, from arrival",
+    "TPOT": "time per output token after the first",
+    "E2E": "end to end, from arrival to last token",
+}
 
 
 def render(prediction: Prediction, form: str, *, color: bool = False) -> str:
@@ -27,27 +53,46 @@ def render(prediction: Prediction, form: str, *, color: bool = False) -> str:
     return _tables(prediction, color=color)
 
 
+def three_digits(value: float) -> str:
+    """Three significant digits, never in scientific notation: `65.0`, `1,240`, `0.0123`."""
+    if value == 0.0:
+        return "0"
+    rounded = float(f"{value:.2e}")
+    whole = abs(rounded)
+    decimals = 0 if whole >= 100.0 else 1 if whole >= 10.0 else 2 if whole >= 1.0 else None
+    return f"{rounded:,.{decimals}f}" if decimals is not None else f"{rounded:.3g}"
+
+
 def joules_text(joules: float) -> str:
     """Three significant digits with a prefix: `12.3 MJ`."""
-    for unit, size in (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3)):
-        if abs(joules) >= size:
-            return (
-                f"{joules / size:.3g} {unit}"
-                if joules / size < 999.5
-                else f"{joules / size:.0f} {unit}"
-            )
-    return f"{joules:.3g} J"
+    return _with_unit(joules, _JOULES)
 
 
-def seconds_text(seconds: float) -> str:
-    """Three significant digits in the unit that reads best."""
-    if seconds < 1.0:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 120.0:
-        return f"{seconds:.3g} s"
-    if seconds < 7200.0:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h"
+def seconds_text(seconds: float | None) -> str:
+    """Three significant digits in the unit that reads best; `-` for None."""
+    if seconds is None:
+        return "-"
+    units = _SECONDS
+    if seconds < _MINUTES_FROM:
+        units = units[2:]
+    elif seconds < _HOURS_FROM:
+        units = units[1:]
+    return _with_unit(seconds, units)
+
+
+def range_text(low: float, high: float) -> str:
+    """Two energies, the unit once where it is the same: `314 - 784 kJ`."""
+    low_text, high_text = joules_text(low), joules_text(high)
+    number, _, unit = low_text.partition(" ")
+    return f"{number if high_text.endswith(f' {unit}') else low_text} - {high_text}"
+
+
+def _with_unit(value: float, units: _Units) -> str:
+    name, size = units[-1]
+    for name, size in units:  # noqa: B007 - the last unit stays if none is small enough
+        if abs(float(f"{value:.2e}")) >= size:
+            break
+    return f"{three_digits(value / size)} {name if value else units[-1][0]}"
 
 
 def _csv(prediction: Prediction) -> str:
@@ -60,68 +105,61 @@ def _csv(prediction: Prediction) -> str:
 
 
 def _tables(p: Prediction, *, color: bool) -> str:
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415 (slow to import)
 
-    width = shutil.get_terminal_size((100, 24)).columns if color else 100
-    console = Console(
-        file=io.StringIO(), force_terminal=color, width=min(max(width, 80), 120), highlight=False
+    columns = shutil.get_terminal_size((_DEFAULT, 24)).columns
+    width = min(max(columns, _NARROWEST), _WIDEST)
+    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    gap = 2 if width >= _ROOMY else 1
+    for table in (_headline(p), _latency(p), _components(p), _operators(p), _naive(p)):
+        console.print(table)
+        console.print()
+    console.print(_bins(p, gap))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
+
+
+def _table(title: str, *columns: tuple[str, str], gap: int = 2) -> Table:
+    """A table without lines; columns are (heading, `left` or `right`)."""
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, padding=(0, gap, 0, 0)
     )
-    console.print(_headline(p))
-    console.print()
-    console.print(
-        _shares("Where the joules go", p.by_component_joules, p.energy_joules, _COMPONENTS)
-    )
-    console.print()
-    console.print(_operators(p))
-    console.print()
-    console.print(_naive(p))
-    console.print()
-    console.print(_bins(p))
-    console.print()
-    console.print(_origin(p))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in str(text).splitlines()).rstrip()
-
-
-_COMPONENTS = {
-    "base": "GPU awake and its kernels resident",
-    "flops": "arithmetic",
-    "onchip": "activations between kernels, on chip",
-    "hbm": "weights, KV cache and spilled activations from device memory",
-    "link": "GPU to GPU",
-    "host_wait": "GPU awake, waiting for the host within and between steps",
-    "idle": "no request in flight",
-}
+    for heading, side in columns:
+        table.add_column(
+            heading,
+            justify="right" if side == "right" else "left",
+            no_wrap=side != "text",
+        )
+    return table
 
 
 def _headline(p: Prediction) -> Table:
+    from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     i = p.inputs
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    gpus = f"{p.gpus} x {i['gpu']}" if p.gpus > 1 else i["gpu"]
     table.add_row(
         "Workload",
-        f"{i['trace']}: {p.requests:,} requests, {p.input_tokens:,} input and "
+        f"{escape(str(i['trace']))}: {p.requests:,} requests, {p.input_tokens:,} input and "
         f"{p.output_tokens:,} output tokens, arrivals {i['arrivals']}",
     )
-    table.add_row(
-        "Setup", f"{i['model']} ({i['dtype']}) on {gpus}, {i['stack']}, batch <= {i['max_batch']}"
-    )
-    level = f"{p.interval_level:.0%}"
+    table.add_row("Setup", escape(_setup(p)))
     table.add_row(
         "Energy",
-        f"[bold]{joules_text(p.energy_joules)}[/bold] = {p.energy_joules / JOULES_PER_KWH:.3g} kWh"
-        f", {level} interval {joules_text(p.energy_joules_low)} to "
-        f"{joules_text(p.energy_joules_high)}",
+        f"[bold]{joules_text(p.energy_joules)}[/bold] "
+        f"({_with_unit(p.energy_joules, _WATT_HOURS)}), {p.interval_level:.0%} interval "
+        f"{range_text(p.energy_joules_low, p.energy_joules_high)}",
     )
     table.add_row(
         "",
         f"{joules_text(p.joules_per_request)} per request, "
-        f"{joules_text(p.joules_per_output_token)} per output token, {p.average_watts:.0f} W on "
-        "average",
+        f"{joules_text(p.joules_per_output_token)} per output token, "
+        f"{three_digits(p.average_watts)} W on average",
     )
     table.add_row(
         "Phases",
@@ -130,99 +168,119 @@ def _headline(p: Prediction) -> Table:
     )
     busy = p.busy_seconds / (p.wall_seconds * p.replicas)
     table.add_row(
-        "Time", f"{seconds_text(p.wall_seconds)} first arrival to last token, busy {busy:.0%}"
+        "Time",
+        f"{seconds_text(p.wall_seconds)} from first arrival to last token, GPUs busy {busy:.0%} "
+        "of it",
     )
+    if i["pue"] != 1.0 or p.carbon_grams is not None:
+        site = f"{joules_text(p.facility_joules)} at PUE {i['pue']:g}"
+        if p.carbon_grams is not None:
+            carbon = _with_unit(p.carbon_grams, _GRAMS)
+            site += f", {carbon} CO2e at {i['grid_grams_per_kwh']:g} g/kWh"
+            site += f" ({p.provenance['grid_source']})"
+        table.add_row("Site", escape(site))
     table.add_row(
-        "Latency",
-        ", ".join(
-            f"{name} p50 {seconds_text(v.p50)} p99 {seconds_text(v.p99)}"
-            for name, v in (
-                ("TTFT", p.ttft_seconds),
-                ("TPOT", p.tpot_seconds),
-                ("E2E", p.e2e_seconds),
-            )
+        "Basis",
+        escape(
+            f"{p.provenance['origin']} calibration of {p.provenance['calibration_gpu']}; "
+            f"interval: {p.provenance['interval_basis']}"
         ),
     )
-    if p.inputs["pue"] != 1.0 or p.carbon_grams is not None:
-        carbon = "" if p.carbon_grams is None else f", {p.carbon_grams:,.0f} g CO2e"
-        table.add_row(
-            "Site", f"{joules_text(p.facility_joules)} at PUE {p.inputs['pue']:g}{carbon}"
-        )
+    for warning in p.warnings:
+        table.add_row("[yellow]Warning[/yellow]", f"[yellow]{escape(warning)}[/yellow]")
     return table
 
 
-def _shares(title: str, parts: object, total: float, labels: dict[str, str]) -> Table:
-    from rich.table import Table  # noqa: PLC0415
+def _setup(p: Prediction) -> str:
+    i = p.inputs
+    parts = [f"{i['model']} ({i['dtype']}, KV cache {i['kv_dtype']})"]
+    parts[0] += f" on {p.gpus} x {i['gpu']}" if p.gpus > 1 else f" on {i['gpu']}"
+    if p.replicas > 1:
+        parts.append(f"{p.replicas} replicas")
+    for key in ("tensor_parallel", "pipeline_parallel"):
+        if i[key] > 1:
+            parts.append(f"{key.replace('_', ' ')} {i[key]}")
+    parts.append(i["stack"])
+    parts.append(f"batch up to {i['max_batch']}")
+    if i["stack"] != "transformers":
+        parts.append(f"{i['max_step_tokens']} tokens a step")
+    return ", ".join(parts)
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("component", "energy", "share", ""):
-        table.add_column(heading, justify="right" if heading in ("energy", "share") else "left")
-    for name, value in dict(parts).items():  # type: ignore[call-overload]
-        if value:
-            table.add_row(name, joules_text(value), f"{value / total:.1%}", labels[name])
+
+def _latency(p: Prediction) -> Table:
+    columns = [("", "left"), *((f"p{n}", "right") for n in (50, 90, 99)), ("", "text")]
+    table = _table("Latency", *columns)
+    values: dict[str, Percentiles] = {
+        "TTFT": p.ttft_seconds,
+        "TPOT": p.tpot_seconds,
+        "E2E": p.e2e_seconds,
+    }
+    for name, v in values.items():
+        texts = (seconds_text(t) for t in (v.p50, v.p90, v.p99))
+        table.add_row(name, *texts, _LATENCIES[name])
+    return table
+
+
+def _components(p: Prediction) -> Table:
+    columns = (("component", "left"), ("energy", "right"), ("share", "right"), ("", "text"))
+    table = _table("Where the joules go", *columns)
+    for name, joules in p.by_component_joules.items():
+        if joules:
+            share = f"{joules / p.energy_joules:.1%}"
+            table.add_row(name, joules_text(joules), share, _COMPONENTS[name])
     return table
 
 
 def _operators(p: Prediction) -> Table:
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(title="By operator", title_justify="left", box=None, pad_edge=False)
-    for heading in ("operator", "energy", "share"):
-        table.add_column(heading, justify="left" if heading == "operator" else "right")
-    for name, value in p.by_operator_joules.items():
-        if value / p.energy_joules >= 0.001:
-            table.add_row(name, joules_text(value), f"{value / p.energy_joules:.1%}")
+    table = _table("By operator", ("operator", "left"), ("energy", "right"), ("share", "right"))
+    for name, joules in _shown_operators(p).items():
+        table.add_row(name, joules_text(joules), f"{joules / p.energy_joules:.1%}")
     return table
+
+
+def _shown_operators(p: Prediction) -> Mapping[str, float]:
+    """Operators by energy, those below a thousandth as one row."""
+    least = _SMALLEST_SHARE * p.energy_joules
+    shown = {name: joules for name, joules in p.by_operator_joules.items() if joules >= least}
+    others = sum(joules for name, joules in p.by_operator_joules.items() if name not in shown)
+    return shown | {"others": others} if others > 0.0 else shown
 
 
 def _naive(p: Prediction) -> Table:
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(title="The naive answers", title_justify="left", box=None, pad_edge=False)
-    table.add_column("rule", no_wrap=True)
-    table.add_column("energy", justify="right", no_wrap=True)
-    table.add_column("ours / naive", justify="right", no_wrap=True)
-    table.add_column("what it takes for granted")
+    table = _table(
+        "The naive answers (below 1x they overestimate)",
+        ("rule", "left"),
+        ("energy", "right"),
+        ("ours/naive", "right"),
+        ("what it assumes and misses", "text"),
+    )
     for name, factor in p.underestimate_factor.items():
-        joules = p.naive[f"{name}_joules"]
-        table.add_row(name, joules_text(joules), f"{factor:.2f}x", p.naive_explanations[name])
+        joules = joules_text(p.naive[f"{name}_joules"])
+        table.add_row(name, joules, _factor(factor), p.naive_explanations[name])
     return table
 
 
-def _bins(p: Prediction) -> Table:
-    from rich.table import Table  # noqa: PLC0415
+def _factor(factor: float) -> str:
+    return f"{three_digits(factor)}x"
 
+
+def _bins(p: Prediction, gap: int) -> Table:
     shown = sorted(p.bins, key=lambda b: -b.energy_joules)[:_MOST_BINS]
-    more = len(p.bins) - len(shown)
-    note = f" (the {len(shown)} largest of {len(p.bins)}; --format csv has all)" if more else ""
-    table = Table(title=f"Bins{note}", title_justify="left", box=None, pad_edge=False)
-    for heading in (
-        "input",
-        "output",
-        "requests",
-        "energy",
-        "interval",
-        "J/request",
-        "naive",
-        "factor",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    note = "tokens; naive = flops_tdp"
+    if len(shown) < len(p.bins):
+        share = sum(b.energy_joules for b in shown) / p.energy_joules
+        note += f"; {len(shown)} largest of {len(p.bins)}, {share:.0%} of the energy, csv has all"
+    headings = ("input", "output", "requests", "energy", "interval", "/request", "naive", "factor")
+    table = _table(f"Bins ({note})", *((heading, "right") for heading in headings), gap=gap)
     for b in shown:
         table.add_row(
             f"{b.input_low}-{b.input_high}",
             f"{b.output_low}-{b.output_high}",
             f"{b.requests:,}",
             joules_text(b.energy_joules),
-            f"{joules_text(b.energy_joules_low)} - {joules_text(b.energy_joules_high)}",
-            f"{b.joules_per_request:.3g}",
+            range_text(b.energy_joules_low, b.energy_joules_high),
+            joules_text(b.joules_per_request),
             joules_text(b.naive_flops_tdp_joules),
-            f"{b.underestimate_factor:.2f}x",
+            _factor(b.underestimate_factor),
         )
     return table
-
-
-def _origin(p: Prediction) -> str:
-    return (
-        f"Calibration of {p.inputs['gpu']}: {p.provenance['origin']}. "
-        f"Interval: {p.provenance['interval_basis']}"
-    )

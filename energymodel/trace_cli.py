@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import csv
+import io
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 40
 _BINS_SHOWN = 20
+_NARROWEST, _WIDEST = 80, 120  # columns
 
 
 def describe(requests: Requests) -> dict[str, object]:
@@ -62,21 +67,42 @@ def describe(requests: Requests) -> dict[str, object]:
     }
 
 
-def print_description(requests: Requests, console: Console | None = None) -> None:
-    """Print the same as tables, and the lengths as histograms."""
+def render_description(requests: Requests, form: str, *, color: bool = False) -> str:
+    """The same as text in `form`: table (with histograms), json, or csv (the bins)."""
+    if form == "json":
+        return json.dumps(describe(requests), indent=2, allow_nan=False)
+    if form == "csv":
+        return _csv(requests)
     from rich.console import Console  # noqa: PLC0415 (slow to import)
+
+    width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+    console = Console(file=io.StringIO(), force_terminal=color, width=width)
+    print_description(requests, console)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
+
+
+def _csv(requests: Requests) -> str:
+    text = io.StringIO()
+    bins: Any = describe(requests)["bins"]
+    writer = csv.DictWriter(text, list(bins[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(bins)
+    return text.getvalue().rstrip("\n")
+
+
+def print_description(requests: Requests, console: Console) -> None:
+    """Print statistics and bins as tables, and the lengths as histograms."""
     from rich.markup import escape  # noqa: PLC0415
 
-    console = console or Console()
     binned = bin_requests(requests.input_tokens, requests.output_tokens, EXACT_GRID)
     console.print(
-        f"[bold]{escape(requests.name)}[/bold] ({requests.trace_format}): "
-        f"{escape(requests.source)}",
-        highlight=False,
+        f"[bold]{escape(requests.name)}[/bold] ({requests.trace_format}): {escape(requests.source)}"
     )
     for rows in requests.dropped:
-        console.print(f"[yellow]{explain_dropped(rows)}[/yellow]", highlight=False)
+        console.print(f"[yellow]{explain_dropped(rows)}[/yellow]")
     _print_statistics(requests, console)
+    console.print()
     _print_bins(binned, console)
     for side, index, edges in (
         ("input", binned.input_bin, EXACT_GRID.input_edges),
@@ -112,7 +138,7 @@ def _print_statistics(requests: Requests, console: Console) -> None:
         )
     else:
         line += ", all at once"
-    console.print(line, highlight=False)
+    console.print(line)
     table = Table(title="Tokens", title_justify="left", box=None, pad_edge=False)
     sides = {
         "input": _lengths(requests.input_tokens),
@@ -134,7 +160,7 @@ def _print_bins(binned: Binned, console: Console) -> None:
     shown = np.sort(np.argsort(-binned.requests, kind="stable")[:_BINS_SHOWN])
     title = "Bins"
     if shown.size < binned.requests.size:
-        title += f" (the {shown.size} fullest of {binned.requests.size}; JSON has all)"
+        title += f" (the {shown.size} fullest of {binned.requests.size}; csv and json have all)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("input", "output", "requests", "share", "mean input", "mean output"):
         table.add_column(name, justify="right")
@@ -164,4 +190,4 @@ def _print_histogram(
     for row in range(held[0], held[-1] + 1):
         bar = "█" * round(_BAR_WIDTH * counts[row] / counts.max()) or "▏" * bool(counts[row])
         label = f"{low[row]:,}-{edges[row]:,}"
-        console.print(f"{label:>21} {counts[row]:>10,} {bar}", highlight=False)
+        console.print(f"{label:>21} {counts[row]:>10,} {bar}")

@@ -1,0 +1,118 @@
+"""Adds up simulated runs: energy by phase, operator and component, of whole groups of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energymodel.costs import operator_joules
+from energymodel.deployment import Deployment
+from energymodel.simulator import Simulation
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Served:
+    """How a workload was served; sums over replicas (or over the paper's batches).
+
+    Energies [J] are of all GPUs together, times [s] count from the first arrival.
+    """
+
+    first_token_seconds: Array
+    """(n,) when each request's first token was out."""
+    finish_seconds: Array
+    """(n,) when each request's last token was out."""
+    request_joules: Array
+    """(n,) active energy of each request; their sum is prefill + decode."""
+    operators: Mapping[str, Mapping[str, float]]
+    """Active energy by operator and component, waiting left out."""
+    prefill_joules: float
+    decode_joules: float
+    idle_joules: float
+    wait_joules: float
+    """Base power while the GPU waits for the host, or is slowed below its kernels' pace."""
+    wall_seconds: float
+    busy_seconds: float
+    """With requests in flight, summed over the replicas."""
+    steps: int
+    preemptions: int
+    throttled_seconds: float
+
+
+def add_up(
+    runs: Sequence[Simulation],
+    deployment: Deployment,
+    *,
+    weights: Array,
+    first_token_seconds: Array,
+    finish_seconds: Array,
+    request_joules: Array,
+    wall_seconds: float,
+    idle_seconds: float,
+) -> Served:
+    """Energy of runs that are each counted `weights` times.
+
+    Parameters
+    ----------
+    runs : what replicas (or batches) did, per GPU of a group
+    weights : (runs,) how often each counts
+    first_token_seconds, finish_seconds : (n,) of all requests
+    request_joules : (n,) active energy of all requests on one GPU of the group [J]
+    wall_seconds : from the first arrival to the last completion
+    idle_seconds : without a request in flight, summed over the replicas
+    """
+    calibration = deployment.calibration
+    group = float(deployment.gpus_per_replica)
+
+    def total(name: str) -> float:
+        return float(weights @ np.array([run.totals[name] for run in runs]))
+
+    def sums(name: str) -> Array:
+        result: Array = sum(
+            (w * getattr(run, name) for w, run in zip(weights, runs, strict=True)),
+            start=np.zeros_like(getattr(runs[0], name)),
+        )
+        return result
+
+    operators = operator_joules(
+        deployment.model,
+        deployment.serving,
+        deployment.gpu,
+        calibration,
+        token_steps=sums("token_steps"),
+        row_steps=sums("row_steps"),
+        attention_sums=sums("attention_sums"),
+        phase_steps=sums("phase_steps"),
+    )
+    wait = calibration.base_watts * (total("wait_seconds") + total("stretch_seconds"))
+    prefill, decode = total("prefill_joules"), total("decode_joules")
+    # under the power limit a jump's operator sums are products of means: close the sum exactly
+    counted = sum(sum(parts.values()) for parts in operators.values())
+    closing = (prefill + decode - wait) / counted
+    idle_watts = (
+        calibration.context_idle_watts
+        if deployment.static_batches
+        else calibration.polling_idle_watts
+    )
+    return Served(
+        first_token_seconds=first_token_seconds,
+        finish_seconds=finish_seconds,
+        request_joules=request_joules * group,
+        operators={
+            name: {part: value * closing * group for part, value in parts.items()}
+            for name, parts in operators.items()
+        },
+        prefill_joules=prefill * group,
+        decode_joules=decode * group,
+        idle_joules=max(idle_seconds, 0.0) * idle_watts * group,
+        wait_joules=wait * group,
+        wall_seconds=wall_seconds,
+        busy_seconds=total("gpu_seconds") + total("wait_seconds"),
+        steps=round(total("steps")),
+        preemptions=round(total("preemptions")),
+        throttled_seconds=total("throttled_seconds"),
+    )

@@ -1,0 +1,200 @@
+"""What serves the requests: GPU, model, engine options and calibration, checked to fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from energymodel.calibrations import Calibration, list_calibrations, load_calibration
+from energymodel.costs import CostTables, cost_tables
+from energymodel.errors import ConfigurationError, ProfileError, unknown_name
+from energymodel.gpus import load_gpu
+from energymodel.models import load_model
+from energymodel.operators import compute_dtype
+from energymodel.specs import GpuSpec, ModelSpec, MoeSpec, ServingConfig
+from energymodel.units import BYTES_PER_ELEMENT, GIB
+
+STACKS = ("vllm", "vllm-eager", "transformers")
+"""Serving stacks, as `--stack` takes them."""
+
+_WEIGHT_DTYPES = tuple(BYTES_PER_ELEMENT)
+_KV_DTYPES = ("bf16", "fp16", "fp8")
+_MOST_STEP_TOKENS = 2**18  # the cost tables hold a row for each; no engine comes near it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Deployment:
+    """One replica: a model on a group of GPUs under one engine, and what its steps cost."""
+
+    gpu: GpuSpec
+    model: ModelSpec
+    serving: ServingConfig
+    calibration: Calibration
+    costs: CostTables
+    """Per GPU of the group."""
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """GPUs that one copy of the model occupies."""
+        return self.serving.tensor_parallel * self.serving.pipeline_parallel
+
+    @property
+    def static_batches(self) -> bool:
+        """Whether a batch starts and ends together, as in Transformers' `generate`."""
+        return self.serving.stack == "transformers"
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that fit beside the weights."""
+        _, _, blocks, block_tokens, _ = self.costs.config
+        return blocks * block_tokens
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest context served [tokens]."""
+        return self.serving.max_model_len or self.model.max_model_len
+
+
+def deploy(
+    *,
+    gpu: str | GpuSpec,
+    model: str | ModelSpec,
+    stack: str,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    max_batch: int,
+    max_step_tokens: int | None,
+    max_model_len: int | None,
+    dtype: str,
+    kv_dtype: str | None,
+    calibration: str | Calibration | None,
+) -> Deployment:
+    """Load GPU, model and calibration, check the options against them, and cost every step.
+
+    Arguments as in `workload.predict`.
+
+    Raises
+    ------
+    ProfileError, UnsupportedModelError
+        If the GPU, its calibration or the model is unknown or malformed.
+    ConfigurationError
+        If an option is unknown, out of range, or impossible for this model or GPU.
+    CapacityError
+        If the weights do not fit; says how many GPUs would do.
+    """
+    gpu_spec = load_gpu(gpu) if isinstance(gpu, str) else gpu
+    model_spec = load_model(model) if isinstance(model, str) else model
+    if stack not in STACKS:
+        raise ConfigurationError(unknown_name("stack", stack, STACKS))
+    _check_dtypes(gpu_spec, dtype, kv_dtype)
+    _check_parallel(model_spec, tensor_parallel, pipeline_parallel)
+    if max_step_tokens is None:
+        max_step_tokens = _default_step_tokens(gpu_spec)
+    _check_limits(max_batch, max_step_tokens, max_model_len)
+    serving = ServingConfig(
+        stack=stack,  # type: ignore[arg-type]
+        weight_dtype=dtype,
+        kv_dtype=kv_dtype or "bf16",
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        max_batch=max_batch,
+        max_step_tokens=max_step_tokens,
+        max_model_len=max_model_len,
+    )
+    fitted = _calibration(gpu_spec, calibration)
+    return Deployment(
+        gpu=gpu_spec,
+        model=model_spec,
+        serving=serving,
+        calibration=fitted,
+        costs=cost_tables(model_spec, serving, gpu_spec, fitted),
+    )
+
+
+def _calibration(gpu: GpuSpec, given: str | Calibration | None) -> Calibration:
+    """The parameters given, or the GPU's own."""
+    if isinstance(given, Calibration):
+        return given
+    if given is None and gpu.name not in list_calibrations():
+        raise ProfileError(
+            f"{gpu.title} ({gpu.name}) has no calibration yet, so there is nothing to predict its "
+            f"energy from. GPUs with one: {', '.join(list_calibrations())}. Give a file of your "
+            "own with --calibration, or measure the GPU."
+        )
+    return load_calibration(given or gpu.name)
+
+
+def _default_step_tokens(gpu: GpuSpec) -> int:
+    """Default of vLLM 0.22: EngineArgs.get_batch_defaults, offline LLM class."""
+    roomy = gpu.hbm_bytes >= 70 * GIB and not gpu.name.startswith("a100")
+    return 16384 if roomy else 8192
+
+
+def _check_dtypes(gpu: GpuSpec, dtype: str, kv_dtype: str | None) -> None:
+    if dtype not in _WEIGHT_DTYPES:
+        raise ConfigurationError(unknown_name("dtype", dtype, _WEIGHT_DTYPES))
+    if compute_dtype(dtype) not in gpu.peak_flops_per_s:
+        known = [d for d in _WEIGHT_DTYPES if compute_dtype(d) in gpu.peak_flops_per_s]
+        raise ConfigurationError(
+            f"{gpu.title} does not compute in {compute_dtype(dtype)}, which --dtype {dtype} needs. "
+            f"It can serve: {', '.join(known)}."
+        )
+    if kv_dtype is not None and kv_dtype not in _KV_DTYPES:
+        raise ConfigurationError(unknown_name("KV dtype", kv_dtype, _KV_DTYPES))
+
+
+def _check_parallel(model: ModelSpec, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Refuse splits that vLLM refuses: it deals out whole heads, columns and layers."""
+    for option, value in (
+        ("tensor-parallel", tensor_parallel),
+        ("pipeline-parallel", pipeline_parallel),
+    ):
+        if value < 1:
+            raise ConfigurationError(f"--{option} {value} makes no sense; it is at least 1")
+    if pipeline_parallel > model.num_layers:
+        raise ConfigurationError(
+            f"--pipeline-parallel {pipeline_parallel} is more than the {model.num_layers} layers "
+            f"of {model.name}; a stage holds at least one layer"
+        )
+    if _splits(model, tensor_parallel):
+        return
+    heads = sorted({group.attention.num_heads for group in model.layers})
+    possible = [n for n in range(1, heads[0] + 1) if _splits(model, n)]
+    raise ConfigurationError(
+        f"--tensor-parallel {tensor_parallel} does not divide {model.name} "
+        f"({', '.join(map(str, heads))} attention heads) into equal parts; possible: "
+        f"{', '.join(map(str, possible))}"
+    )
+
+
+def _splits(model: ModelSpec, parts: int) -> bool:
+    for group in model.layers:
+        attention, block = group.attention, group.feed_forward
+        if isinstance(block, MoeSpec):
+            widths = (block.expert_intermediate_size, block.shared_intermediate_size)
+        else:
+            widths = (block.intermediate_size, 0)
+        if attention.num_heads % parts or any(width % parts for width in widths):
+            return False
+        kv_heads = attention.num_kv_heads  # fewer than parts are copied to every part
+        if attention.kind == "gqa" and kv_heads % parts and parts % kv_heads:
+            return False
+    return True
+
+
+def _check_limits(max_batch: int, max_step_tokens: int, max_model_len: int | None) -> None:
+    limits = {"max-batch": max_batch, "max-step-tokens": max_step_tokens}
+    if max_model_len is not None:
+        limits["max-model-len"] = max_model_len
+    for option, value in limits.items():
+        if value < 1:
+            raise ConfigurationError(f"--{option} {value} makes no sense; it is at least 1")
+    if max_step_tokens > _MOST_STEP_TOKENS:
+        raise ConfigurationError(
+            f"--max-step-tokens {max_step_tokens} is beyond any engine; it is at most "
+            f"{_MOST_STEP_TOKENS}"
+        )
+    if max_step_tokens < max_batch:
+        raise ConfigurationError(
+            f"--max-step-tokens {max_step_tokens} is below --max-batch {max_batch}: every running "
+            "sequence needs a token of the step's budget; raise the one or lower the other"
+        )

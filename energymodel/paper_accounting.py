@@ -1,0 +1,106 @@
+"""The paper's accounting: every bin runs N/B full batches, one after another.
+
+Fernandez et al., ACL 2025 (arXiv 2504.17674), section 4.1: lengths are rounded up to the bins, and
+E = sum over bins of N / B x E_batch, N/B not rounded. There are no arrivals and no idle time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from energymodel.accounting import Served, add_up
+from energymodel.bins import ceil_to_paper
+from energymodel.deployment import Deployment
+from energymodel.errors import CapacityError, ConfigurationError, TraceError
+from energymodel.simulator import Simulation, simulate
+from energymodel.traces import Requests
+
+
+def check_options(*, replicas: int | str, arrivals: str) -> None:
+    """Refuse options that the accounting has no use for.
+
+    Raises
+    ------
+    ConfigurationError
+        Unless `replicas` is 1 and `arrivals` is `trace` or `offline`.
+    """
+    if str(replicas) != "1":
+        raise ConfigurationError(
+            f"--binning paper counts batches, not replicas; leave out --replicas {replicas} or use "
+            "--binning exact"
+        )
+    if arrivals not in ("trace", "offline"):
+        raise ConfigurationError(
+            f"--binning paper has no arrivals; leave out --arrivals {arrivals} or use --binning "
+            "exact"
+        )
+
+
+def round_up(requests: Requests) -> tuple[Requests, dict[str, int]]:
+    """Requests with lengths rounded up to the paper's bins, all at time 0; those left out counted.
+
+    Raises
+    ------
+    TraceError
+        If every request is longer than the bins.
+    """
+    inputs, outputs, left_out, excluded = ceil_to_paper(
+        requests.input_tokens, requests.output_tokens
+    )
+    if left_out.all():
+        raise TraceError(
+            f"{requests.name}: no request is left to serve: all {left_out.size} are longer than "
+            "the paper's bins (8192 input, 512 output tokens); use --binning exact"
+        )
+    kept = replace(
+        requests,
+        arrival_seconds=np.zeros(np.count_nonzero(~left_out)),
+        input_tokens=inputs[~left_out],
+        output_tokens=outputs[~left_out],
+    )
+    return kept, excluded
+
+
+def serve_in_batches(requests: Requests, deployment: Deployment) -> Served:
+    """Run N/B batches of each pair of lengths, B the largest batch that fits."""
+    n = requests.input_tokens.size
+    first, finish, joules = np.zeros((3, n))
+    runs: list[Simulation] = []
+    counts: list[float] = []
+    max_batch, _, blocks, block, _ = deployment.costs.config
+    cells, member = np.unique(
+        np.stack([requests.input_tokens, requests.output_tokens], axis=1),
+        axis=0,
+        return_inverse=True,
+    )
+    for index, (input_tokens, output_tokens) in enumerate(cells):
+        members = np.flatnonzero(member.ravel() == index)
+        length = int(input_tokens + output_tokens)
+        batch = max(1, min(max_batch, blocks // -(-length // block)))
+        run = simulate(
+            np.zeros(batch),
+            np.full(batch, input_tokens),
+            np.full(batch, output_tokens),
+            deployment.costs,
+            static_batches=deployment.static_batches,
+        )
+        if run is None:
+            raise CapacityError(f"a batch of {batch} x {length} tokens can never be scheduled")
+        runs.append(run)
+        counts.append(members.size / batch)
+        first[members] = run.first_token_seconds.mean()
+        finish[members] = run.finish_seconds.mean()
+        joules[members] = run.request_joules.mean()
+    weights = np.array(counts)
+    return add_up(
+        runs,
+        deployment,
+        weights=weights,
+        first_token_seconds=first,
+        finish_seconds=finish,
+        request_joules=joules,
+        wall_seconds=float(weights @ np.array([run.totals["now"] for run in runs])),
+        idle_seconds=0.0,
+    )
