@@ -25,6 +25,7 @@ class Request:
     arrival: float
     input_tokens: int
     output_tokens: int
+    cached: int = 0
     computed: int = 0
     generated: int = 0
     blocks: int = 0
@@ -108,11 +109,14 @@ def simulate(
     gpu: GpuSpec,
     calibration: Calibration,
     blocks: int | None = None,
+    cached: list[int] | None = None,
 ) -> Outcome:
     free = kv_blocks(model, serving, gpu) if blocks is None else blocks
     size = serving.block_tokens
+    cached = cached or [0] * len(arrivals)
     future = [
-        Request(i, *triple) for i, triple in enumerate(zip(arrivals, inputs, outputs, strict=True))
+        Request(i, *row)
+        for i, row in enumerate(zip(arrivals, inputs, outputs, cached, strict=True))
     ]
     waiting: list[Request] = []
     running: list[Request] = []
@@ -141,7 +145,8 @@ def simulate(
                 preempted = True
                 victim = running.pop()
                 free += victim.blocks
-                victim.blocks = victim.computed = 0
+                victim.blocks = 0
+                victim.computed = victim.cached
                 waiting.insert(0, victim)
                 outcome.preemptions += 1
             if request not in running:
@@ -154,8 +159,9 @@ def simulate(
             request = waiting[0]
             if ceil(request.known / size) > free:
                 break
-            count = min(request.known, budget)
-            request.blocks = ceil(count / size)
+            request.computed = request.cached  # a prefix found in the cache is not computed
+            count = min(request.known - request.computed, budget)
+            request.blocks = ceil((request.computed + count) / size)
             free -= request.blocks
             budget -= count
             running.append(waiting.pop(0))

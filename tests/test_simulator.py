@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,16 +37,21 @@ def run(
     blocks: int | None = None,
     jump: bool = True,
     cap: float = 1e6,
+    cached: list[int] | None = None,
 ) -> tuple[Simulation, CostTables]:
     costs = cost_tables(model, serving, gpu(), calibration(power_cap_watts=cap))
     if blocks is not None:
         batch, tokens, _, size, window = costs.config
-        costs = CostTables(
-            **{name: getattr(costs, name) for name in CostTables.__slots__ if name != "config"},
-            config=(batch, tokens, blocks, size, window),
-        )
+        costs = replace(costs, config=(batch, tokens, blocks, size, window))
     arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
-    result = simulate(arrivals.astype(float), inputs, outputs, costs, jump=jump)
+    result = simulate(
+        arrivals.astype(float),
+        inputs,
+        outputs,
+        costs,
+        jump=jump,
+        cached_tokens=None if cached is None else np.array(cached),
+    )
     assert result is not None
     return result, costs
 
@@ -92,6 +99,68 @@ def test_equals_the_plain_simulator(
     np.testing.assert_allclose(result.totals["idle_seconds"], expected.idle_seconds, atol=1e-9)
     joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
     np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("budget", "batch"), [(4, 4), (5, 4), (64, 1), (7, 6)])
+@settings(max_examples=15)
+@given(triples=requests, spare=st.integers(0, 20), shares=st.lists(st.floats(0, 1), min_size=8))
+def test_equals_the_plain_simulator_where_it_is_tight(
+    budget: int, batch: int, triples: list[tuple[float, int, int]], spare: int, shares: list[float]
+) -> None:
+    """Few tokens a step, few blocks, and prompts that are partly in the prefix cache."""
+    serving = replace(SMALL, max_step_tokens=budget, max_batch=batch)
+    triples = ordered(triples)
+    cached = [int(share * (i - 1)) for share, (_, i, _) in zip(shares, triples, strict=False)]
+    blocks = max(-(-(i + o) // 16) for _, i, o in triples) + spare
+    model = tiny(window=50)
+    result, _ = run(model, triples, serving, blocks=blocks, cached=cached)
+    arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
+    expected = simulate_plainly(
+        arrivals,
+        inputs,
+        outputs,
+        model=model,
+        serving=serving,
+        gpu=gpu(),
+        calibration=calibration(),
+        blocks=blocks,
+        cached=cached,
+    )
+    first, finish = as_arrays(expected, len(triples))
+    assert result.totals["steps"] == expected.steps
+    assert result.totals["preemptions"] == expected.preemptions
+    np.testing.assert_allclose(result.first_token_seconds, first, rtol=1e-9)
+    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-9)
+    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+
+
+@given(triples=requests)
+def test_jumping_under_the_limit_changes_little(
+    triples: list[tuple[float, int, int]],
+) -> None:
+    """Costs are only nearly linear in the context there."""
+    triples = ordered(triples)
+    fast, _ = run(tiny(), triples, cap=140.0)
+    slow, _ = run(tiny(), triples, cap=140.0, jump=False)
+    np.testing.assert_allclose(fast.finish_seconds, slow.finish_seconds, rtol=1e-6)
+    for name in ("prefill_joules", "decode_joules", "gpu_seconds", "throttled_seconds"):
+        assert fast.totals[name] == pytest.approx(slow.totals[name], rel=1e-5, abs=1e-9)
+
+
+def test_a_cached_prefix_saves_its_prefill() -> None:
+    triples = [(0.0, 1000, 5)]
+    without, _ = run(tiny(), triples)
+    cached, _ = run(tiny(), triples, cached=[900])
+    assert cached.totals["steps"] < without.totals["steps"]
+    assert cached.totals["prefill_joules"] < 0.3 * without.totals["prefill_joules"]
+    with pytest.raises(ValueError, match="below input_tokens"):
+        run(tiny(), triples, cached=[1000])
+
+
+def test_a_budget_below_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        run(tiny(), [(0.0, 10, 5)], replace(SMALL, max_step_tokens=3))
 
 
 @given(triples=requests)

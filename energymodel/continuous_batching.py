@@ -1,0 +1,588 @@
+"""Continuous batching as vLLM V1 schedules it, one replica, compiled.
+
+The scheduler's rules were read from vLLM 0.22 (`v1/core/sched/scheduler.py`): running requests
+first in order of admission, then waiting ones first come first served, within a budget of
+tokens, sequences and KV blocks; prompts are chunked; when blocks run out the last admitted
+request is preempted and recomputed. Scheduling is asynchronous: a step is scheduled when its
+predecessor starts, so arrivals and freed slots take effect one step later.
+
+Work is done per event (a request joins, ends, crosses its sliding window, is preempted), never per
+sequence and step:
+
+- Every decoding sequence gains one token a step, so its context is `offset + step` with a constant
+  offset, and the sums over the batch follow from sums over the offsets.
+- While nothing happens, the costs of steps form an arithmetic series: k steps are taken at once.
+- A sequence's joules are differences of running sums between its first and last step.
+- Sequences wait for their last step in a heap; how many need a new KV block in a step depends on
+  the offset modulo the block size alone, so counts of the residues tell.
+
+The token budget is at least the batch limit (`simulator.simulate` checks), so that every decoding
+sequence runs in every step, and at most one prompt, the last admitted, is unfinished.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from energymodel.costs import CostTables
+from energymodel.step_costs import (
+    CLOCK,
+    DECODE,
+    DECODE_ATTENTION,
+    HOST_BOUND,
+    IDLE,
+    LONGEST_THROTTLED_JUMP,
+    NOW,
+    PREEMPT,
+    PREFILL,
+    PREFILL_ATTENTION,
+    SECONDS,
+    TOTALS,
+    account,
+    pairs,
+    step_cost,
+)
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# how `advance` ended
+SERVED, STUCK, ABANDONED = 0, 1, 2
+
+# columns of Replica.slot_ints
+_ID, _INPUT, _OUTPUT, _CACHED, _GENERATED, _COMPUTED, _CHUNK, _OFFSET, _ENDS, _ORDER = range(10)
+# columns of Replica.slot_floats
+_ARRIVAL, _FIRST, _JOULES, _BY_SEQUENCE0, _BY_CONTEXT0, _BY_STEP0 = range(6)
+# Replica.counts
+(
+    _DECODING,
+    _PARTIAL,
+    _FREE_BLOCKS,
+    _LATE_SLOTS,
+    _LATE_BLOCKS,
+    _PREEMPTED,
+    _STEP,
+    _OFFSETS,
+    _BELOW,
+    _BELOW_OFFSETS,
+    _WINDOWED,
+    _FREE_SLOTS,
+    _ADMITTED,
+) = range(13)
+# Replica.clocks
+_CUTOFF, _BY_SEQUENCE, _BY_CONTEXT, _BY_STEP = range(4)
+
+_SLOTS = 1 << 20  # a heap key is step x _SLOTS + slot
+MOST_SLOTS = _SLOTS - 1
+
+
+class Replica(NamedTuple):
+    """What one replica remembers between two calls of `advance`. Slots hold requests in flight."""
+
+    totals: Array
+    counts: Ints
+    clocks: Array
+    slot_ints: Ints
+    slot_floats: Array
+    ending: Ints
+    """Heap of decoding sequences by the step in which they end."""
+    windowed: Ints
+    """Heap of those that fill their sliding window before that, by the step."""
+    residues: Ints
+    """Decoding sequences by the step, modulo the block size, in which they need a new block."""
+    preempted: Ints
+    """Stack of slots."""
+    free_slots: Ints
+    """Stack of slots."""
+    chunked: Ints
+    """Slots with a piece of prompt in the present step."""
+
+
+class Done(NamedTuple):
+    """Requests that ended, in order of ending."""
+
+    ids: Ints
+    """(m, 3) number of the request in order of arrival, input tokens, output tokens."""
+    times: Array
+    """(m, 4) arrival, first token and last token [s], active energy [J]."""
+
+
+def new_replica(costs: CostTables) -> Replica:
+    """An idle replica at time 0."""
+    max_batch, _, blocks, block, _ = costs.config
+    counts = np.zeros(13, np.int64)
+    counts[_PARTIAL] = -1
+    counts[_FREE_BLOCKS] = blocks
+    counts[_FREE_SLOTS] = max_batch
+    return Replica(
+        totals=np.zeros(len(TOTALS)),
+        counts=counts,
+        clocks=np.zeros(4),
+        slot_ints=np.zeros((max_batch, 10), np.int64),
+        slot_floats=np.zeros((max_batch, 6)),
+        ending=np.zeros(max_batch, np.int64),
+        windowed=np.zeros(max_batch, np.int64),
+        residues=np.zeros(block, np.int64),
+        preempted=np.zeros(max_batch, np.int64),
+        free_slots=np.arange(max_batch, dtype=np.int64)[::-1].copy(),
+        chunked=np.zeros(max_batch, np.int64),
+    )
+
+
+def new_done(size: int) -> Done:
+    """Room for `size` requests that end."""
+    return Done(ids=np.empty((size, 3), np.int64), times=np.empty((size, 4)))
+
+
+@njit(cache=True, nogil=True)
+def _push(heap, size, key):  # type: ignore[no-untyped-def]
+    child = size
+    while child > 0:
+        parent = (child - 1) >> 1
+        if heap[parent] <= key:
+            break
+        heap[child] = heap[parent]
+        child = parent
+    heap[child] = key
+
+
+@njit(cache=True, nogil=True)
+def _pop(heap, size):  # type: ignore[no-untyped-def]
+    """Drop the smallest key of a heap of `size` keys."""
+    key = heap[size - 1]
+    parent = 0
+    while True:
+        child = 2 * parent + 1
+        if child >= size - 1:
+            break
+        if child + 1 < size - 1 and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= key:
+            break
+        heap[parent] = heap[child]
+        parent = child
+    heap[parent] = key
+
+
+@njit(cache=True, nogil=True)
+def _drop(heap, size, slot):  # type: ignore[no-untyped-def]
+    """Take the key of a slot out of a heap; returns the new size."""
+    kept = 0
+    for i in range(size):
+        key = heap[i]
+        if key % _SLOTS != slot:
+            _push(heap, kept, key)
+            kept += 1
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def _new_blocks(decoding, residues, step, k):  # type: ignore[no-untyped-def]
+    """KV blocks that decoding sequences take in the k - 1 steps after `step`."""
+    block = residues.shape[0]
+    rounds = (k - 1) // block
+    needed = rounds * decoding
+    for i in range(step + 1 + rounds * block, step + k):
+        needed += residues[i % block]
+    return needed
+
+
+@njit(cache=True, nogil=True)
+def _steps_within(free, decoding, residues, step, longest):  # type: ignore[no-untyped-def]
+    """Steps, at most `longest`, that the free blocks allow; those of the first are taken."""
+    block = residues.shape[0]
+    if ((longest - 1) // block + 1) * decoding <= free:
+        return longest
+    rounds = free // decoding
+    left = free - rounds * decoding
+    steps = 1 + rounds * block
+    while steps < longest:
+        left -= residues[(step + steps) % block]
+        if left < 0:
+            break
+        steps += 1
+    return min(longest, steps)
+
+
+@njit(cache=True, nogil=True)
+def _steps_until(wanted, first, last, k):  # type: ignore[no-untyped-def]
+    """Steps until `wanted` seconds have passed, of k that take `first` to `last` seconds."""
+    if wanted <= 0.0:
+        return 0
+    slope = (last - first) / (k - 1)
+    if slope > 1e-15 * first:
+        b = first - 0.5 * slope
+        root = (np.sqrt(b * b + 2.0 * slope * wanted) - b) / slope
+    else:
+        root = wanted / first
+    return int(np.ceil(root - 1e-9)) if root < k else k
+
+
+@njit(cache=True, nogil=True)
+def _between(first, last, share):  # type: ignore[no-untyped-def]
+    """Cost of a decode step between two of the same kind, neither under the power limit."""
+    return (
+        first[0] + (last[0] - first[0]) * share,
+        first[1] + (last[1] - first[1]) * share,
+        first[2],
+        first[3],
+        first[4] + (last[4] - first[4]) * share,
+        first[5] + (last[5] - first[5]) * share,
+        first[6],
+        first[7],
+        first[8],
+        first[9],
+        first[10],
+        first[11],
+    )
+
+
+@njit(cache=True, nogil=True)
+def advance(  # type: ignore[no-untyped-def]
+    replica, sums, requests, first_id, no_more, tables, host, limits, config, jump, patience, done
+):
+    """Serve requests until they run out, or until more must be known about later ones.
+
+    Parameters
+    ----------
+    replica, sums : changed in place
+    requests : arrival [s], input, output and cached prompt tokens, each (n,), in order of arrival
+    first_id : number of requests[0]
+    no_more : these are the last requests. Otherwise at most a batch of them is left over, to be
+        handed in again before the next ones
+    tables, host, limits, config : of `costs.CostTables`
+    jump : take many steps at once where they are alike
+    patience : give up once a request has waited this long for admission [s]
+    done : room for the requests and a batch more
+
+    Returns
+    -------
+    Requests admitted, requests done, and one of SERVED, STUCK, ABANDONED.
+    """
+    arrival, inputs, outputs, cached = requests
+    max_batch, budget_tokens, _, block, window = config
+    totals, counts, clocks = replica.totals, replica.counts, replica.clocks
+    ints, floats = replica.slot_ints, replica.slot_floats
+    ending, windowed, residues = replica.ending, replica.windowed, replica.residues
+    preempted, free_slots, chunked = replica.preempted, replica.free_slots, replica.chunked
+    n = arrival.shape[0]
+    head = 0
+    n_done = 0
+    status = SERVED
+    decoding, partial, free = counts[_DECODING], counts[_PARTIAL], counts[_FREE_BLOCKS]
+    late_slots, late_blocks = counts[_LATE_SLOTS], counts[_LATE_BLOCKS]
+    n_preempted, step, offsets = counts[_PREEMPTED], counts[_STEP], counts[_OFFSETS]
+    below, below_offsets = counts[_BELOW], counts[_BELOW_OFFSETS]
+    n_windowed, n_free, admitted = counts[_WINDOWED], counts[_FREE_SLOTS], counts[_ADMITTED]
+    cutoff, by_sequence = clocks[_CUTOFF], clocks[_BY_SEQUENCE]
+    by_context, by_step = clocks[_BY_CONTEXT], clocks[_BY_STEP]
+    while True:
+        if not no_more and n - head <= max_batch:
+            break
+        if decoding == 0 and partial < 0:  # nothing in flight: the schedule happens now
+            free += late_blocks
+            late_slots = late_blocks = 0
+            if n_preempted == 0:
+                if head >= n:
+                    break
+                if arrival[head] > totals[NOW]:
+                    totals[IDLE] += arrival[head] - totals[NOW]
+                    totals[NOW] = arrival[head]
+            cutoff = totals[NOW]
+        if head < n and cutoff - arrival[head] > patience:
+            status = ABANDONED
+            break
+        # --- sequences that fill their window now
+        while n_windowed > 0 and windowed[0] // _SLOTS <= step:
+            below -= 1
+            below_offsets -= ints[windowed[0] % _SLOTS, _OFFSET]
+            _pop(windowed, n_windowed)
+            n_windowed -= 1
+        # --- schedule: running requests first
+        needed = residues[step % block] if decoding > 0 else 0
+        chunk = 0
+        held = 0
+        if partial >= 0:
+            computed = ints[partial, _COMPUTED]
+            known = ints[partial, _INPUT] + ints[partial, _GENERATED]
+            chunk = min(known - computed, budget_tokens - decoding)
+            held = (computed + block - 1) // block
+            needed += (computed + chunk + block - 1) // block - held
+        any_preempted = needed > free
+        while needed > free:  # the last admitted gives way
+            if partial >= 0:
+                victim = partial
+                computed = ints[victim, _COMPUTED]
+                needed -= (computed + chunk + block - 1) // block - held
+                partial = -1
+                chunk = 0
+            else:
+                victim = ending[0] % _SLOTS
+                for i in range(1, decoding):
+                    slot = ending[i] % _SLOTS
+                    if ints[slot, _ORDER] > ints[victim, _ORDER]:
+                        victim = slot
+                _drop(ending, decoding, victim)
+                decoding -= 1
+                offset = ints[victim, _OFFSET]
+                computed = offset + step
+                held = (computed + block - 1) // block
+                offsets -= offset
+                residues[-offset % block] -= 1
+                if -offset % block == step % block:
+                    needed -= 1
+                if window > 0 and computed + 1 < window:
+                    below -= 1
+                    below_offsets -= offset
+                    n_windowed = _drop(windowed, n_windowed, victim)
+                ints[victim, _GENERATED] = ints[victim, _OUTPUT] - (ints[victim, _ENDS] - step)
+                floats[victim, _JOULES] += (
+                    by_sequence
+                    - floats[victim, _BY_SEQUENCE0]
+                    + (offset + 1) * (by_context - floats[victim, _BY_CONTEXT0])
+                    + by_step
+                    - floats[victim, _BY_STEP0]
+                )
+            free += held
+            preempted[n_preempted] = victim
+            n_preempted += 1
+            totals[PREEMPT] += 1
+        free -= needed
+        budget = budget_tokens - decoding - chunk
+        n_chunked = 0
+        if partial >= 0:
+            ints[partial, _CHUNK] = chunk
+            chunked[0] = partial
+            n_chunked = 1
+        # --- then waiting ones
+        if not any_preempted:
+            while budget > 0 and decoding + n_chunked + late_slots < max_batch:
+                if n_preempted > 0:
+                    slot = preempted[n_preempted - 1]
+                    known = ints[slot, _INPUT] + ints[slot, _GENERATED]
+                    computed = ints[slot, _CACHED]
+                elif head < n and arrival[head] <= cutoff:
+                    slot = -1
+                    known = inputs[head]
+                    computed = cached[head]
+                else:
+                    break
+                if (known + block - 1) // block > free:
+                    break
+                if slot >= 0:
+                    n_preempted -= 1
+                else:
+                    n_free -= 1
+                    slot = free_slots[n_free]
+                    ints[slot, _ID] = first_id + head
+                    ints[slot, _INPUT] = inputs[head]
+                    ints[slot, _OUTPUT] = outputs[head]
+                    ints[slot, _CACHED] = computed
+                    ints[slot, _GENERATED] = 0
+                    floats[slot, _ARRIVAL] = arrival[head]
+                    floats[slot, _JOULES] = 0.0
+                    head += 1
+                chunk = min(known - computed, budget)
+                free -= (computed + chunk + block - 1) // block
+                budget -= chunk
+                ints[slot, _ORDER] = admitted
+                admitted += 1
+                ints[slot, _COMPUTED] = computed
+                ints[slot, _CHUNK] = chunk
+                chunked[n_chunked] = slot
+                n_chunked += 1
+        free += late_blocks
+        late_slots = late_blocks = 0
+        running = decoding + n_chunked
+        if running == 0:
+            # nothing could run with what was known at the cutoff: look again now
+            if cutoff < totals[NOW]:
+                continue
+            status = STUCK
+            break
+        # --- statistics of the step
+        tokens = decoding
+        prefills = 0
+        decodes = decoding
+        context = float(offsets + decoding * (step + 1))
+        near = 0.0
+        if window > 0:
+            near = float(below_offsets + below * (step + 1) + (decoding - below) * window)
+        full = 0.0
+        cut = 0.0
+        for i in range(n_chunked):
+            slot = chunked[i]
+            computed = ints[slot, _COMPUTED]
+            tokens += ints[slot, _CHUNK]
+            if ints[slot, _CHUNK] == 1 and computed > 0:  # one token, as far as attention can tell
+                decodes += 1
+                context += computed + 1
+                near += min(computed + 1, window)
+            else:
+                prefills += 1
+                whole, windowed_pairs = pairs(
+                    float(computed), float(ints[slot, _CHUNK]), float(window)
+                )
+                full += whole
+                cut += windowed_pairs
+        att = (context, near, full, cut)
+        first = step_cost(tokens, running, att, prefills, decodes, tables, host, limits)
+        last = first
+        att_last = att
+        # --- how many steps like this one can be taken at once
+        k = 1
+        arrives = False
+        if jump and n_chunked == 0 and not any_preempted:
+            k = ending[0] // _SLOTS - step
+            if n_windowed > 0:
+                k = min(k, windowed[0] // _SLOTS - step)
+            if running < max_batch:
+                # who waits for blocks waits for a sequence to end: free blocks only get fewer
+                if n_preempted > 0:
+                    slot = preempted[n_preempted - 1]
+                    known = ints[slot, _INPUT] + ints[slot, _GENERATED]
+                    if (known + block - 1) // block <= free:
+                        k = 1
+                elif head < n and (inputs[head] + block - 1) // block <= free:
+                    arrives = arrival[head] > cutoff
+                    if not arrives:
+                        k = 1
+            if k > 1:
+                k = _steps_within(free, decoding, residues, step, k)
+        while k > 1:
+            att_last = (context + (k - 1) * decoding, near + (k - 1) * below, 0.0, 0.0)
+            last = step_cost(tokens, running, att_last, 0, decodes, tables, host, limits)
+            throttled = first[CLOCK] < 1.0 or last[CLOCK] < 1.0
+            if throttled and k > LONGEST_THROTTLED_JUMP:
+                k = LONGEST_THROTTLED_JUMP
+                continue
+            if first[HOST_BOUND] != last[HOST_BOUND]:
+                k = k // 2
+                continue
+            if arrives:
+                # the last step of the jump is the first that starts after the next arrival
+                wanted = arrival[head] - totals[NOW]
+                until = 1 + _steps_until(wanted, first[SECONDS], last[SECONDS], k)
+                if until < k:
+                    if throttled:
+                        k = until
+                        continue
+                    last = _between(first, last, (until - 1) / (k - 1))
+                    k = until
+                    att_last = (context + (k - 1) * decoding, near + (k - 1) * below, 0.0, 0.0)
+            break
+        if k == 1:
+            last = first
+            att_last = att
+        # --- run them
+        start = totals[NOW]
+        account(k, first, last, att, att_last, prefills, decodes, sums, totals)
+        end = totals[NOW]
+        cutoff = start + 0.5 * k * (first[SECONDS] + last[SECONDS]) - last[SECONDS]
+        if k > 1:
+            free -= _new_blocks(decoding, residues, step, k)
+        each = 0.0
+        per_context = 0.0
+        if decodes > 0:
+            each = 0.5 * k * (first[DECODE] + last[DECODE]) / decodes
+            per_context = (
+                k * (first[DECODE_ATTENTION] + last[DECODE_ATTENTION]) / (att[0] + att_last[0])
+            )
+            by_sequence += each
+            by_context += per_context
+            by_step += per_context * (step + 0.5 * (k - 1))
+        step += k
+        # --- prompts
+        partial = -1
+        for i in range(n_chunked):
+            slot = chunked[i]
+            chunk = ints[slot, _CHUNK]
+            computed = ints[slot, _COMPUTED]
+            if chunk == 1 and computed > 0:
+                floats[slot, _JOULES] += each + per_context * (computed + 1)
+            else:
+                whole, _ = pairs(float(computed), float(chunk), float(window))
+                floats[slot, _JOULES] += first[PREFILL] / (tokens - decodes) * chunk
+                floats[slot, _JOULES] += first[PREFILL_ATTENTION] / max(full, 1.0) * whole
+            computed += chunk
+            if computed < ints[slot, _INPUT] + ints[slot, _GENERATED]:
+                ints[slot, _COMPUTED] = computed
+                partial = slot
+                continue
+            generated = ints[slot, _GENERATED] + 1
+            if generated == 1:
+                floats[slot, _FIRST] = end
+            if generated >= ints[slot, _OUTPUT]:
+                done.ids[n_done, 0] = ints[slot, _ID]
+                done.ids[n_done, 1] = ints[slot, _INPUT]
+                done.ids[n_done, 2] = ints[slot, _OUTPUT]
+                done.times[n_done, 0] = floats[slot, _ARRIVAL]
+                done.times[n_done, 1] = floats[slot, _FIRST]
+                done.times[n_done, 2] = end
+                done.times[n_done, 3] = floats[slot, _JOULES]
+                n_done += 1
+                late_slots += 1
+                late_blocks += (computed + block - 1) // block
+                free_slots[n_free] = slot
+                n_free += 1
+                continue
+            offset = computed - step
+            ends = step + ints[slot, _OUTPUT] - generated
+            ints[slot, _OFFSET] = offset
+            ints[slot, _ENDS] = ends
+            floats[slot, _BY_SEQUENCE0] = by_sequence
+            floats[slot, _BY_CONTEXT0] = by_context
+            floats[slot, _BY_STEP0] = by_step
+            _push(ending, decoding, ends * _SLOTS + slot)
+            decoding += 1
+            offsets += offset
+            residues[-offset % block] += 1
+            if window > 0 and computed + 1 < window:
+                below += 1
+                below_offsets += offset
+                fills = window - 1 - offset
+                if fills < ends:
+                    _push(windowed, n_windowed, fills * _SLOTS + slot)
+                    n_windowed += 1
+        # --- sequences that end
+        while decoding > 0 and ending[0] // _SLOTS <= step:
+            slot = ending[0] % _SLOTS
+            _pop(ending, decoding)
+            decoding -= 1
+            offset = ints[slot, _OFFSET]
+            offsets -= offset
+            residues[-offset % block] -= 1
+            if window > 0 and window - 1 - offset >= step:  # it never filled its window
+                below -= 1
+                below_offsets -= offset
+            done.ids[n_done, 0] = ints[slot, _ID]
+            done.ids[n_done, 1] = ints[slot, _INPUT]
+            done.ids[n_done, 2] = ints[slot, _OUTPUT]
+            done.times[n_done, 0] = floats[slot, _ARRIVAL]
+            done.times[n_done, 1] = floats[slot, _FIRST]
+            done.times[n_done, 2] = end
+            done.times[n_done, 3] = (
+                floats[slot, _JOULES]
+                + by_sequence
+                - floats[slot, _BY_SEQUENCE0]
+                + (offset + 1) * (by_context - floats[slot, _BY_CONTEXT0])
+                + by_step
+                - floats[slot, _BY_STEP0]
+            )
+            n_done += 1
+            late_slots += 1
+            late_blocks += (offset + step + block - 1) // block
+            free_slots[n_free] = slot
+            n_free += 1
+    counts[_DECODING], counts[_PARTIAL], counts[_FREE_BLOCKS] = decoding, partial, free
+    counts[_LATE_SLOTS], counts[_LATE_BLOCKS] = late_slots, late_blocks
+    counts[_PREEMPTED], counts[_STEP], counts[_OFFSETS] = n_preempted, step, offsets
+    counts[_BELOW], counts[_BELOW_OFFSETS] = below, below_offsets
+    counts[_WINDOWED], counts[_FREE_SLOTS], counts[_ADMITTED] = n_windowed, n_free, admitted
+    clocks[_CUTOFF], clocks[_BY_SEQUENCE] = cutoff, by_sequence
+    clocks[_BY_CONTEXT], clocks[_BY_STEP] = by_context, by_step
+    return head, n_done, status

@@ -1,0 +1,82 @@
+"""Static batches, compiled: padded to the longest prompt and output, one after another."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from energymodel.step_costs import (
+    DEC_J,
+    HOST_BOUND,
+    IDLE,
+    LONGEST_THROTTLED_JUMP,
+    NOW,
+    PRE_J,
+    account,
+    pairs,
+    step_cost,
+)
+
+
+@njit(cache=True, nogil=True)
+def serve_static_batches(  # type: ignore[no-untyped-def]
+    arrival, inputs, outputs, tables, host, limits, config, sums, totals
+):
+    """Serve requests in order of arrival; returns first token s, finish s and J by request."""
+    max_batch, window = config[0], config[4]
+    n = arrival.shape[0]
+    first_token = np.zeros(n)
+    finish = np.zeros(n)
+    request_joules = np.zeros(n)
+    start = 0
+    while start < n:
+        if arrival[start] > totals[NOW]:
+            totals[IDLE] += arrival[start] - totals[NOW]
+            totals[NOW] = arrival[start]
+        stop = start
+        longest_input = 0
+        longest_output = 0
+        while stop < n and stop - start < max_batch and arrival[stop] <= totals[NOW]:
+            longest_input = max(longest_input, inputs[stop])
+            longest_output = max(longest_output, outputs[stop])
+            stop += 1
+        batch = stop - start
+        before = totals[PRE_J] + totals[DEC_J]
+        full, cut = pairs(0.0, float(longest_input), float(window))
+        att = (0.0, 0.0, full * batch, cut * batch)
+        first = step_cost(batch * longest_input, batch, att, batch, 0, tables, host, limits)
+        account(1, first, first, att, att, batch, 0, sums, totals)
+        for r in range(start, stop):
+            first_token[r] = totals[NOW]
+        done = 1
+        while done < longest_output:
+            context = longest_input + done
+            k = min(longest_output - done, LONGEST_THROTTLED_JUMP)
+            if window > 0 and context < window:
+                k = min(k, window - context)
+            while True:
+                near = float(batch * min(context, window)) if window > 0 else 0.0
+                far = float(batch * min(context + k - 1, window)) if window > 0 else 0.0
+                att = (float(batch * context), near, 0.0, 0.0)
+                att_last = (float(batch * (context + k - 1)), far, 0.0, 0.0)
+                first = step_cost(batch, batch, att, 0, batch, tables, host, limits)
+                last = step_cost(batch, batch, att_last, 0, batch, tables, host, limits)
+                if k > 1 and first[HOST_BOUND] != last[HOST_BOUND]:
+                    k = k // 2
+                    continue
+                break
+            account(k, first, last, att, att_last, 0, batch, sums, totals)
+            done += k
+            for r in range(start, stop):
+                if outputs[r] <= done and finish[r] == 0.0:
+                    finish[r] = totals[NOW]
+        joules = totals[PRE_J] + totals[DEC_J] - before
+        weight = 0.0
+        for r in range(start, stop):
+            if finish[r] == 0.0:
+                finish[r] = totals[NOW]
+            weight += inputs[r] + outputs[r]
+        for r in range(start, stop):
+            request_joules[r] = joules * (inputs[r] + outputs[r]) / weight
+        start = stop
+    return first_token, finish, request_joules

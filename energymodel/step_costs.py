@@ -1,0 +1,206 @@
+"""Cost of one serving step from the cost tables, compiled; shared by both schedulers.
+
+`TOTALS` and the arrays of `new_sums` are what every simulation adds up, per GPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# indices of the scalars that a simulation accumulates (per GPU)
+TOTALS = (
+    "now",
+    "idle_seconds",
+    "gpu_seconds",
+    "wait_seconds",
+    "steps",
+    "preemptions",
+    "prefill_joules",
+    "decode_joules",
+    "throttled_seconds",
+    "stretch_seconds",
+)
+NOW, IDLE, GPU, WAIT, STEPS, PREEMPT, PRE_J, DEC_J, THROTTLED, STRETCH = range(len(TOTALS))
+
+# fields of the tuple that `step_cost` returns
+SECONDS, GPU_SECONDS, CLOCK, CORE, DECODE, DECODE_ATTENTION = 0, 1, 2, 3, 4, 5
+PREFILL, PREFILL_ATTENTION, STRETCHED, TOKEN_ROW, ROW_ROW, HOST_BOUND = 6, 7, 8, 9, 10, 11
+
+LONGEST_THROTTLED_JUMP = 32  # steps; under the power limit costs are only nearly linear
+_TILE = 128  # query rows of an attention tile (FlashAttention 3, head_dim 64 to 128)
+_LOWEST_CLOCK = 0.2  # share of the highest clock, as in `roofline.clock_under_cap`
+
+
+def new_sums(token_rows: int, row_rows: int) -> tuple[Array, Array, Array, Array]:
+    """Zeros for token_steps, row_steps, attention_sums and phase_steps of `Simulation`."""
+    return np.zeros((token_rows, 3)), np.zeros((row_rows, 3)), np.zeros((4, 3)), np.zeros((2, 3))
+
+
+@njit(cache=True, nogil=True)
+def _clock(memory, compute, fixed, core, base, cap, exponent):  # type: ignore[no-untyped-def]
+    """Scalar twin of `roofline.clock_under_cap`, plus the stretched GPU time.
+
+    Newton's method, kept inside a bracket, instead of the bisection: the excess over the limit
+    grows with the clock.
+    """
+    seconds = memory + compute
+    if seconds <= 0.0:
+        return 1.0, 1.0, 0.0, 0.0
+    watts = cap - base
+    if fixed + core <= watts * seconds:
+        return 1.0, 1.0, seconds, 0.0
+    low, high = _LOWEST_CLOCK, 1.0
+    x = 1.0
+    for _ in range(60):
+        power = core * x**exponent
+        excess = fixed + power - watts * (memory + compute / x)
+        if excess > 0.0:
+            high = x
+        else:
+            low = x
+        slope = exponent * power / x + watts * compute / (x * x)
+        following = x - excess / slope if slope > 0.0 else 0.5 * (low + high)
+        if not low < following < high:
+            following = 0.5 * (low + high)
+        if abs(following - x) < 1e-13:
+            x = following
+            break
+        x = following
+    g = x**exponent
+    seconds = memory + compute / x
+    needed = (fixed + core * g) / watts
+    if needed > seconds:
+        return x, g, needed, needed - seconds
+    return x, g, seconds, 0.0
+
+
+@njit(cache=True, nogil=True)
+def step_cost(  # type: ignore[no-untyped-def]
+    tokens, rows, att, prefills, decodes, tables, host, limits
+):
+    """Cost of one step.
+
+    tokens, rows : tokens and rows of logits; att : the four attention statistics, a tuple;
+    prefills, decodes : sequences of each kind; tables, host, limits : of `costs.CostTables`
+
+    Returns a tuple, see the names above: total s, GPU s, clock share, core-energy factor,
+    decode J (attention left out), decode attention J, prefill J (attention left out), prefill
+    attention J, stretched s, table row, row-table row, whether the host is slower than the GPU.
+    """
+    token_table, row_table, att_table, phase_table, graph_tokens = tables
+    base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
+    share = int(np.ceil(tokens / pipeline))
+    row_index = min(int(np.ceil(rows / pipeline)), row_table.shape[0] - 1)
+    in_graph = share < graph_tokens.shape[0]
+    index = graph_tokens[share] if in_graph else share
+    scale = 1.0
+    if index >= token_table.shape[0]:
+        scale = index / (token_table.shape[0] - 1)
+        index = token_table.shape[0] - 1
+    t0, t1 = token_table[index, 0] * scale, token_table[index, 1] * scale
+    t2, t3 = token_table[index, 2] * scale, token_table[index, 3] * scale
+    r0, r1 = row_table[row_index, 0], row_table[row_index, 1]
+    r2, r3 = row_table[row_index, 2], row_table[row_index, 3]
+    d0 = d1 = d2 = d3 = 0.0
+    if decodes > 0:
+        a, b = att[0] / pipeline, att[1] / pipeline
+        d0 = phase_table[1, 0] + a * att_table[0, 0] + b * att_table[1, 0]
+        d1 = phase_table[1, 1] + a * att_table[0, 1] + b * att_table[1, 1]
+        d2 = phase_table[1, 2] + a * att_table[0, 2] + b * att_table[1, 2]
+        d3 = phase_table[1, 3] + a * att_table[0, 3] + b * att_table[1, 3]
+    p0 = p1 = p2 = p3 = 0.0
+    if prefills > 0:
+        a, b = att[2] / pipeline, att[3] / pipeline
+        p0 = phase_table[0, 0] + a * att_table[2, 0] + b * att_table[3, 0]
+        p1 = phase_table[0, 1] + a * att_table[2, 1] + b * att_table[3, 1]
+        p2 = phase_table[0, 2] + a * att_table[2, 2] + b * att_table[3, 2]
+        p3 = phase_table[0, 3] + a * att_table[2, 3] + b * att_table[3, 3]
+    x, g, gpu, stretched = _clock(
+        t0 + r0 + d0 + p0, t1 + r1 + d1 + p1, t2 + r2 + d2 + p2, t3 + r3 + d3 + p3,
+        base, cap, exponent,
+    )  # fmt: skip
+    # host: 0 graph step, 1 piecewise step, 2 eager step, 3 per sequence, 4 gap, 5 gap per
+    # sequence, 6 gap of a step with prompts, 7 host per new prompt
+    host_seconds = host[3] * rows
+    if not in_graph:
+        host_seconds += host[2]
+    elif prefills > 0:
+        host_seconds += host[1]
+    else:
+        host_seconds += host[0]
+    gap = host[4] + host[5] * rows
+    if prefills > 0:
+        host_seconds += host[7] * prefills
+        gap += host[6]
+    total = max(gpu, host_seconds) + gap
+    rest = base * (total - gpu + stretched)
+    by_token = (t2 + t3 * g + base * (t0 + t1 / x) + rest) / tokens
+    by_row = (r2 + r3 * g + base * (r0 + r1 / x)) / rows
+    return (
+        total,
+        gpu,
+        x,
+        g,
+        (by_token + by_row) * decodes,
+        d2 + d3 * g + base * (d0 + d1 / x),
+        by_token * (tokens - decodes) + by_row * (rows - decodes),
+        p2 + p3 * g + base * (p0 + p1 / x),
+        stretched,
+        index,
+        row_index,
+        host_seconds > gpu,
+    )
+
+
+@njit(cache=True, nogil=True)
+def pairs(start, count, window):  # type: ignore[no-untyped-def]
+    """Query-key pairs of a prompt chunk: (whole context, under the window), tiles filled."""
+    padded = np.ceil(count / _TILE) * _TILE
+    full = padded * start + padded * (padded + _TILE) / 2.0
+    if window <= 0:
+        return full, 0.0
+    first = min(max(window - start, 0.0), padded)
+    cut = first * start + first * (first + _TILE) / 2.0 + (padded - first) * (window + _TILE / 2.0)
+    return full, min(cut, full)
+
+
+@njit(cache=True, nogil=True)
+def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # type: ignore[no-untyped-def]
+    """Add k steps whose costs run linearly from `first` to `last`."""
+    token_steps, row_steps, attention_sums, phase_steps = sums
+    weights = (
+        1.0 * k,
+        0.5 * k * (1.0 / first[CLOCK] + 1.0 / last[CLOCK]),
+        0.5 * k * (first[CORE] + last[CORE]),
+    )
+    for w in range(3):
+        token_steps[first[TOKEN_ROW], w] += weights[w]
+        row_steps[first[ROW_ROW], w] += weights[w]
+        if prefills > 0:
+            phase_steps[0, w] += weights[w]
+            attention_sums[2, w] += att[2] * weights[w]
+            attention_sums[3, w] += att[3] * weights[w]
+        if decodes > 0:
+            phase_steps[1, w] += weights[w]
+            attention_sums[0, w] += 0.5 * (att[0] + att_last[0]) * weights[w]
+            attention_sums[1, w] += 0.5 * (att[1] + att_last[1]) * weights[w]
+    half = 0.5 * k
+    seconds = half * (first[SECONDS] + last[SECONDS])
+    gpu = half * (first[GPU_SECONDS] + last[GPU_SECONDS])
+    totals[NOW] += seconds
+    totals[GPU] += gpu
+    totals[WAIT] += seconds - gpu
+    totals[STEPS] += k
+    totals[PRE_J] += half * (
+        first[PREFILL] + first[PREFILL_ATTENTION] + last[PREFILL] + last[PREFILL_ATTENTION]
+    )
+    totals[DEC_J] += half * (
+        first[DECODE] + first[DECODE_ATTENTION] + last[DECODE] + last[DECODE_ATTENTION]
+    )
+    totals[STRETCH] += half * (first[STRETCHED] + last[STRETCHED])
+    if first[CLOCK] < 1.0:
+        totals[THROTTLED] += gpu
