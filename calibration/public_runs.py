@@ -20,8 +20,9 @@ from energymodel.errors import EnergyModelError
 
 V3, V2, SPLITWISE, ENERGAIZER = "ML.ENERGY v3", "ML.ENERGY v2", "Splitwise", "EnergAIzer"
 
-V3_INPUT_TOKENS = 100.0
-"""Assumed mean prompt of ML.ENERGY v3's chat task, which does not publish it."""
+V3_INPUT_TOKENS = 300.0
+"""Assumed mean prompt of ML.ENERGY v3's chat task, which does not publish it. Where it comes
+from: `physics_check.implied_input_tokens`."""
 V2_INPUT_TOKENS = 200.0
 """The same for v2: about the mean first prompt of ShareGPT."""
 SERVER_STEP_TOKENS = 8192
@@ -43,8 +44,9 @@ SOURCES: Mapping[str, PublicSource] = {
         citation="ml-energy/leaderboard@0cd52dab, Apache-2.0; Chung et al., arXiv 2505.06371",
         assumption=(
             "Steady state at max_num_seqs, all requests sent at once. Prompt lengths are not "
-            f"published: log-normal with a mean of {V3_INPUT_TOKENS:.0f} tokens. Outputs: gamma "
-            "distributed around the published mean. vLLM 0.11.1, taken as the stack `vllm`, "
+            f"published: log-normal with a mean of {V3_INPUT_TOKENS:.0f} tokens, which the "
+            "published average batches imply (see below). Outputs: gamma distributed around the "
+            "published mean. vLLM 0.11.1, taken as the stack `vllm`, "
             f"{SERVER_STEP_TOKENS} tokens a step."
         ),
     ),
@@ -162,6 +164,7 @@ def saturated_row(
     mean_output_tokens: float,
     joules_per_output_token: float,
     tokens_per_second: float,
+    mean_batch: float,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     calibration: str | None = None,
@@ -194,6 +197,7 @@ def saturated_row(
         options=options if calibration is None else {**options, "calibration": calibration},
         joules_per_output_token=joules_per_output_token,
         seconds_per_output_token=1.0 / tokens_per_second,
+        mean_batch=mean_batch,
     )
 
 
@@ -209,6 +213,7 @@ def _mlenergy_v3(path: Path) -> Iterator[_Item]:
             mean_output_tokens=float(raw["avg_output_len"]),
             joules_per_output_token=float(raw["energy_per_token_joules"]),
             tokens_per_second=float(raw["output_throughput_tokens_per_sec"]),
+            mean_batch=float(raw["avg_batch_size"]),
         )
 
 
@@ -230,6 +235,7 @@ def _mlenergy_v2(path: Path) -> Iterator[_Item]:
                 mean_output_tokens=float(raw["avg_output_len"]),
                 joules_per_output_token=float(raw["energy_per_output_token_joules"]),
                 tokens_per_second=float(raw["output_throughput_tokens_per_sec"]),
+                mean_batch=float(raw["avg_batch_size"]),
                 calibration="a100",
             )
 
@@ -252,7 +258,7 @@ def _markdown_table(path: Path, heading: str) -> Iterator[list[str]]:
 
 def _facts_a1(path: Path) -> Iterator[_Item]:
     for cells in _markdown_table(path, "### A1."):
-        model, _, parallel, seqs, _, out, _, joules, rate = cells
+        model, _, parallel, seqs, mean_batch, out, _, joules, rate = cells
         ways = {word[:2]: int(word[2:]) for word in parallel.split()}
         if not model.startswith("Qwen3"):
             continue  # in the CSV, with more digits
@@ -269,12 +275,13 @@ def _facts_a1(path: Path) -> Iterator[_Item]:
             mean_output_tokens=float(out),
             joules_per_output_token=float(joules),
             tokens_per_second=float(rate),
+            mean_batch=float(mean_batch),
         )
 
 
 def _facts_a2(path: Path) -> Iterator[_Item]:
     for cells in _markdown_table(path, "### A2."):
-        model, gpu, ways, seqs, _, out, _, joules, rate = cells
+        model, gpu, ways, seqs, mean_batch, out, _, joules, rate = cells
         if "H100" not in gpu:
             continue  # in the CSV
         yield saturated_row(
@@ -287,6 +294,7 @@ def _facts_a2(path: Path) -> Iterator[_Item]:
             mean_output_tokens=float(out),
             joules_per_output_token=float(joules),
             tokens_per_second=float(rate),
+            mean_batch=float(mean_batch),
         )
 
 

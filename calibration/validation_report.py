@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calibration.physics_check import sections
 from calibration.public_runs import SOURCES
 from calibration.validate import (
     NAIVE_RULES,
@@ -110,20 +111,20 @@ def _best_rule(group: Group) -> tuple[str, ErrorStats] | None:
 # -- Markdown -------------------------------------------------------------------------
 
 
-def write_report(validation: Validation, folder: Path, sections: Sequence[str] = ()) -> None:
+def write_report(validation: Validation, folder: Path, more: Sequence[str] = ()) -> None:
     """Write `validation.md`, `validation.json` and `validation.png` into a folder.
 
-    `sections` are further parts of the page, in Markdown, put before the list of all rows.
+    `more` are further parts of the page, in Markdown, put before the list of all rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plot(validation, folder / PLOT)
     (folder / DATA_FILE).write_text(
         json.dumps(to_dict(validation), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    (folder / PAGE).write_text(markdown(validation, sections), encoding="utf-8")
+    (folder / PAGE).write_text(markdown(validation, more), encoding="utf-8")
 
 
-def markdown(validation: Validation, sections: Sequence[str] = ()) -> str:
+def markdown(validation: Validation, more: Sequence[str] = ()) -> str:
     """Return the whole page."""
     parts = [_INTRODUCTION, f"![Predicted against measured joules per output token]({PLOT})"]
     for fitted, title in _SPLITS:
@@ -139,7 +140,7 @@ def markdown(validation: Validation, sections: Sequence[str] = ()) -> str:
         count = sum(c.fitted == fitted for c in validation.comparisons)
         parts.append(f"## Rows {title}")
         parts += [*tables, naive] if count else ["None yet."]
-    parts += [_sources(), *sections, _split_text(), _left_out(validation), _all_rows(validation)]
+    parts += [_sources(), *more, _split_text(), _left_out(validation), _all_rows(validation)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -385,7 +386,7 @@ def run(
     if not validation.comparisons:
         raise EnergyModelError("nothing to validate with: " + "; ".join(validation.skipped))
     if report is not None:
-        write_report(validation, report)
+        write_report(validation, report, sections(validation, public))
     failures: list[str] = []
     notices: list[str] = []
     if check:

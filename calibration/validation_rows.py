@@ -58,6 +58,8 @@ class MeasuredRow:
     ttft_seconds: float | None = None
     """Median over the requests [s]."""
     tpot_seconds: float | None = None
+    mean_batch: float | None = None
+    """Sequences in flight on average; None = not published."""
     note: str = ""
 
     @property
@@ -87,8 +89,9 @@ class Comparison:
     """Lower end of the interval, per output token [J]."""
     joules_high: float
     seconds_per_output_token: float
-    ttft_seconds: float
-    tpot_seconds: float
+    ttft_seconds: float | None
+    tpot_seconds: float | None
+    """None where no request has a second token."""
     naive_joules: Mapping[str, float]
     """By naive rule, per output token [J]."""
 
@@ -141,8 +144,8 @@ def measured_watts(row: MeasuredRow) -> float | None:
     return None if joules is None else joules / row.seconds_per_output_token
 
 
-def _error(predicted: float, measured: float | None) -> float | None:
-    return None if measured is None else predicted / measured - 1.0
+def _error(predicted: float | None, measured: float | None) -> float | None:
+    return None if predicted is None or measured is None else predicted / measured - 1.0
 
 
 def offline(name: str, input_tokens: Any, output_tokens: Any) -> Requests:

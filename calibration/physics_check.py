@@ -1,0 +1,385 @@
+"""A written check of the physics: cases that can be worked out by hand, beside public figures.
+
+Where no one published the figure itself, the time of a step is put together from kernels that
+others timed one by one (`kernel_seconds`), and the datasheet gives a floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.public_runs import ENERGAIZER, SPLITWISE, V3, V3_INPUT_TOKENS
+from calibration.validate import Validation, error_stats
+from calibration.validation_rows import (
+    OUTPUT_GAMMA_SHAPE,
+    Comparison,
+    MeasuredRow,
+    compare,
+    load_split,
+    offline,
+    steady_state,
+)
+from energymodel.calibrations import load_calibration
+from energymodel.costs import kv_blocks
+from energymodel.errors import EnergyModelError
+from energymodel.gpus import load_gpu
+from energymodel.models import active_weight_count, load_model
+from energymodel.results import Prediction
+from energymodel.specs import AttentionSpec, MlpSpec, ModelSpec, ServingConfig
+from energymodel.workload import predict
+
+if TYPE_CHECKING:
+    import polars as pl
+
+MODEL = "llama-3.1-8b"
+DECODE_INPUT, DECODE_OUTPUT = 128, 256
+PREFILL_TOKENS = 2048
+SENSITIVITY_INPUT_TOKENS = (V3_INPUT_TOKENS / 2, V3_INPUT_TOKENS * 2)
+FULL_CACHE_SHARE = 0.97
+"""A server whose batch stays below this share of its limit waits for KV blocks."""
+LEAST_CACHE_SEQUENCES = 100
+"""With fewer sequences in the cache, the memory that the engine keeps free decides, not they."""
+
+PAPER = "Fernandez et al., ACL 2025 (arXiv 2504.17674), section 5"
+MOE_ENERGY_RATIO = 1.5424  # "up to 54.24 % more"
+TENSOR_PARALLEL_RATIOS = {2: (1.0 - 0.4016, 1.293), 4: (1.0 - 0.6134, 1.5523)}
+"""(latency, energy) relative to one GPU, Llama-3.1-8B, single batch; same source."""
+
+_KERNELS = {"a100": ("a100_sxm", "0.14.0"), "h100": ("h100_sxm", "0.24.0")}
+_KERNEL_SOURCE = "sum of kernels, ai-dynamo/aiconfigurator@095f58a5, vLLM {version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One quantity of one case. Errors are predicted / public - 1."""
+
+    case: str
+    quantity: str
+    predicted: float
+    public: float | None
+    source: str
+    """Whose figure it is and how it compares; empty where there is none."""
+
+
+def physics_checks(validation: Validation, public: Path) -> list[Check]:
+    """All checks; those whose public figures are not there come without them."""
+    return [*_decode(validation, public), *_prefill(validation, public), *_moe(), *_parallel()]
+
+
+def _decode(validation: Validation, public: Path) -> Iterator[Check]:
+    requests = offline("one request", [DECODE_INPUT], DECODE_OUTPUT)
+    model = load_model(MODEL)
+    for gpu in _KERNELS:
+        p = predict(requests, gpu=gpu, model=model)
+        case = f"{MODEL}, decode, batch 1, {gpu}"
+        joules = p.decode_joules / (p.output_tokens - 1)
+        floor = 2.0 * active_weight_count(model) / load_gpu(gpu).hbm_bytes_per_s
+        tpot = p.tpot_seconds.p50
+        assert tpot is not None
+        kernels, source = kernel_seconds(
+            public, gpu, model, tokens=1, context=DECODE_INPUT + DECODE_OUTPUT // 2
+        )
+        yield Check(
+            case=case,
+            quantity="ms per token",
+            predicted=tpot * 1e3,
+            public=None if kernels is None else kernels * 1e3,
+            source=source and f"{source}; without norms, rotary, sampling and gaps",
+        )
+        yield Check(
+            case=case,
+            quantity="ms per token",
+            predicted=tpot * 1e3,
+            public=floor * 1e3,
+            source="floor: weights over the datasheet's bandwidth",
+        )
+        yield Check(case=case, quantity="W", predicted=joules / tpot, public=None, source="")
+        yield Check(case=case, quantity="J per token", predicted=joules, public=None, source="")
+    yield from _row_checks(validation, V3, "llama-3.1-8b tp1 b8", "saturated at batch 8")
+    yield from _row_checks(validation, SPLITWISE, "llama-2-70b tp2 i512 o128 b1", "batch 1", "a100")
+
+
+def _prefill(validation: Validation, public: Path) -> Iterator[Check]:
+    model = load_model(MODEL)
+    for gpu in _KERNELS:
+        p = predict(offline("one prompt", [PREFILL_TOKENS], 1), gpu=gpu, model=model)
+        case = f"{MODEL}, prefill of {PREFILL_TOKENS} tokens, {gpu}"
+        kernels, source = kernel_seconds(
+            public, gpu, model, tokens=PREFILL_TOKENS, context=PREFILL_TOKENS
+        )
+        yield Check(
+            case=case,
+            quantity="ms",
+            predicted=p.busy_seconds * 1e3,
+            public=None if kernels is None else kernels * 1e3,
+            source=source and f"{source}; without norms, rotary and gaps",
+        )
+        yield Check(
+            case=case,
+            quantity="W",
+            predicted=p.active_joules / p.busy_seconds,
+            public=None,
+            source="",
+        )
+        yield Check(case=case, quantity="J", predicted=p.active_joules, public=None, source="")
+    yield from _row_checks(validation, ENERGAIZER, "opt-1.3b i128 b16", "prefill of 16 x 128")
+
+
+def _moe() -> Iterator[Check]:
+    requests = offline("batch of 8", [128] * 8, 64)
+    moe, dense = (predict(requests, gpu="a100", model=name) for name in ("olmoe-1b-7b", "olmo-1b"))
+    yield Check(
+        case="olmoe-1b-7b against olmo-1b, batch 8, 128 in, 64 out, a100",
+        quantity="ratio of joules",
+        predicted=moe.energy_joules / dense.energy_joules,
+        public=MOE_ENERGY_RATIO,
+        source=f"{PAPER}: 'up to', A6000 to A100 PCIe, batch not stated",
+    )
+
+
+def _parallel() -> Iterator[Check]:
+    requests = offline("one request", [512], 64)
+
+    def on(gpus: int) -> Prediction:
+        return predict(requests, gpu="a100", model=MODEL, tensor_parallel=gpus)
+
+    one = on(1)
+    for gpus, (latency, energy) in TENSOR_PARALLEL_RATIOS.items():
+        several = on(gpus)
+        case = f"{MODEL}, {gpus} GPUs against 1, batch 1, 512 in, 64 out, a100"
+        for quantity, predicted, figure in (
+            ("ratio of seconds", several.wall_seconds / one.wall_seconds, latency),
+            ("ratio of joules", several.energy_joules / one.energy_joules, energy),
+        ):
+            yield Check(
+                case=case,
+                quantity=quantity,
+                predicted=predicted,
+                public=figure,
+                source=f"{PAPER}: single batch, GPU, lengths and link not stated",
+            )
+
+
+def _row_checks(
+    validation: Validation, source: str, name: str, what: str, gpu: str = "h100"
+) -> Iterator[Check]:
+    """Time, power and energy of a row that was compared anyway."""
+    for c in validation.comparisons:
+        row = c.row
+        if (row.source, row.name, row.gpu) != (source, name, gpu):
+            continue
+        case = f"{row.model_name} on {row.tensor_parallel} {gpu}, {what}"
+        joules = row.joules_per_output_token
+        for quantity, predicted, measured in (
+            (
+                "ms per step",
+                c.seconds_per_output_token * row.batch * 1e3,
+                row.seconds_per_output_token * row.batch * 1e3,
+            ),
+            ("W", c.watts, joules and joules / row.seconds_per_output_token),
+            ("J per output token", c.joules_per_output_token, joules),
+        ):
+            yield Check(
+                case=case, quantity=quantity, predicted=predicted, public=measured, source=source
+            )
+
+
+# -- a step put together from kernels that others timed -------------------------------
+
+
+def kernel_seconds(
+    public: Path, gpu: str, model: ModelSpec, *, tokens: int, context: int
+) -> tuple[float | None, str]:
+    """Time of one step of one sequence, from public kernel timings, and their source.
+
+    Sums the GEMMs (linear between neighbouring sizes, beyond the largest in proportion) and the
+    attention of a dense model; None where the tables are not there.
+    """
+    import polars as pl  # noqa: PLC0415
+
+    board, version = _KERNELS[gpu]
+    folder = public / "data" / "validation" / "aiconfigurator"
+    phase = "generation" if tokens == 1 else "context"
+    files = [
+        folder / f"{board}_gemm_vllm_{version}_gemm_perf.parquet",
+        folder / f"{board}_attention_vllm_{version}_{phase}_attention_perf.parquet",
+    ]
+    if not all(file.is_file() for file in files):
+        return None, ""
+    gemms, attention = (pl.read_parquet(file) for file in files)
+    gemms = gemms.filter(pl.col("gemm_dtype") == "bfloat16")
+    (group,) = model.layers
+    a, mlp, hidden = group.attention, group.feed_forward, model.hidden_size
+    assert isinstance(mlp, MlpSpec)
+    shapes = (
+        ((a.num_heads + 2 * a.num_kv_heads) * a.head_dim, hidden),
+        (hidden, a.num_heads * a.head_dim),
+        (2 * mlp.intermediate_size, hidden),
+        (hidden, mlp.intermediate_size),
+    )
+    layer = sum(_gemm_milliseconds(gemms, tokens, n, k) for n, k in shapes)
+    layer += _attention_milliseconds(attention, a, context, decode=tokens == 1)
+    head = _gemm_milliseconds(gemms, 1, model.vocab_size, hidden)
+    return (layer * model.num_layers + head) * 1e-3, _KERNEL_SOURCE.format(version=version)
+
+
+def _gemm_milliseconds(gemms: pl.DataFrame, m: int, n: int, k: int) -> float:
+    """Time of an m x n x k product, linear along the one side whose size the table lacks."""
+    import polars as pl  # noqa: PLC0415
+
+    table = gemms.filter(pl.col("m") == m)
+    for side, size, other, fixed in (("n", n, "k", k), ("k", k, "n", n)):
+        at = table.filter(pl.col(other) == fixed)
+        if at.is_empty():
+            continue
+        at = at.group_by(side).agg(pl.col("latency").median()).sort(side)
+        sizes, milliseconds = at[side].to_numpy(), at["latency"].to_numpy()
+        if size > sizes[-1]:
+            return float(milliseconds[-1] * size / sizes[-1])
+        return float(np.interp(size, sizes, milliseconds))
+    raise EnergyModelError(f"the public kernel timings hold no product with n = {n} or k = {k}")
+
+
+def _attention_milliseconds(
+    table: pl.DataFrame, a: AttentionSpec, context: int, *, decode: bool
+) -> float:
+    """Time of one layer's attention of one sequence, linear in the context."""
+    import polars as pl  # noqa: PLC0415
+
+    at = table.filter(
+        (pl.col("batch_size") == 1)
+        & (pl.col("num_heads") == a.num_heads)
+        & (pl.col("num_key_value_heads") == a.num_kv_heads)
+        & (pl.col("head_dim") == a.head_dim)
+        & (pl.col("kv_cache_dtype") == "bfloat16")
+    )
+    if "window_size" in at.columns:
+        at = at.filter(pl.col("window_size") == 0)
+    side = "step" if decode else "isl"
+    at = at.group_by(side).agg(pl.col("latency").median()).sort(side)
+    return float(np.interp(context, at[side].to_numpy(), at["latency"].to_numpy()))
+
+
+# -- how far the assumption on prompt lengths reaches ---------------------------------
+
+
+def input_sensitivity(validation: Validation) -> dict[float, list[Comparison]]:
+    """Rows of ML.ENERGY v3 predicted again with other mean prompts; keys are the means."""
+    split = load_split()
+    rows = [c.row for c in validation.comparisons if c.row.source == V3]
+    found: dict[float, list[Comparison]] = {}
+    for mean in SENSITIVITY_INPUT_TOKENS:
+        found[mean] = []
+        for row in rows:
+            whole, ramp = steady_state(
+                row.name,
+                batch=row.batch,
+                mean_input_tokens=mean,
+                mean_output_tokens=_mean_output_tokens(row),
+            )
+            found[mean].append(compare(replace(row, requests=whole, ramp=ramp), split))
+    return found
+
+
+def implied_input_tokens(validation: Validation) -> list[tuple[Comparison, float]]:
+    """Mean prompts that ML.ENERGY v3's published average batches imply.
+
+    Where the batch stays below `max_num_seqs` the KV cache is full: its tokens / the average
+    batch is the mean context, input + output * (1 + CV**2) / 2 with the CV of the outputs that
+    `steady_state` draws. Neither energy nor time enters.
+    """
+    found = []
+    for c in validation.comparisons:
+        row = c.row
+        if row.source != V3 or row.mean_batch is None or row.ramp is None:
+            continue
+        if row.mean_batch > FULL_CACHE_SHARE * row.batch or row.mean_batch < LEAST_CACHE_SEQUENCES:
+            continue
+        serving = ServingConfig(tensor_parallel=row.tensor_parallel, max_batch=row.batch)
+        model = row.model if isinstance(row.model, ModelSpec) else load_model(row.model)
+        cache = kv_blocks(model, serving, load_gpu(row.gpu)) * serving.block_tokens
+        outputs = _mean_output_tokens(row)
+        context = cache / row.mean_batch
+        found.append((c, context - outputs * (1.0 + 1.0 / OUTPUT_GAMMA_SHAPE) / 2.0))
+    return found
+
+
+def _mean_output_tokens(row: MeasuredRow) -> float:
+    """Mean output of the steady part of a saturated row."""
+    assert row.ramp is not None
+    tokens = row.requests.output_tokens.sum() - row.ramp.output_tokens.sum()
+    return float(tokens / (len(row.requests.output_tokens) - len(row.ramp.output_tokens)))
+
+
+# -- as Markdown ----------------------------------------------------------------------
+
+
+def sections(validation: Validation, public: Path) -> list[str]:
+    """Return the page's sections on physics and on the assumed prompt lengths."""
+    parts = [_physics_section(physics_checks(validation, public))]
+    known = [c for c in validation.comparisons if c.row.source == V3]
+    if known:
+        parts.append(
+            _input_section(known, input_sensitivity(validation), implied_input_tokens(validation))
+        )
+    return parts
+
+
+def _physics_section(checks: Sequence[Check]) -> str:
+    origins = "; ".join(
+        f"{gpu}: {c.origin} ({c.intervals['vllm'].basis})"
+        for gpu, c in ((gpu, load_calibration(gpu)) for gpu in _KERNELS)
+    )
+    lines = [
+        "## Check of the physics",
+        "",
+        'Cases that can be worked out by hand. "-": nobody published the figure. Calibrations that '
+        f"answered: {origins}. A sum of kernels is a figure of other people's only as long as the "
+        "calibration was not fitted to the same kernels.",
+        "",
+        "| case | quantity | predicted | public | error % | the public figure |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for c in checks:
+        error = "-" if c.public is None else f"{100 * (c.predicted / c.public - 1):+.1f}"
+        public = "-" if c.public is None else f"{c.public:.4g}"
+        cells = (c.case, c.quantity, f"{c.predicted:.4g}", public, error, c.source or "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _input_section(
+    known: Sequence[Comparison],
+    others: dict[float, list[Comparison]],
+    implied: Sequence[tuple[Comparison, float]],
+) -> str:
+    lines = [
+        f"## The assumed prompt length of {V3}",
+        "",
+        "Prompt lengths are not published, but average batches are. Where the batch stays below "
+        "its limit, the KV cache is full, and its tokens over the average batch are the mean "
+        "context; less the output's part, the mean prompt. Neither joules nor seconds enter.",
+        "",
+        "| row | average batch | implied mean prompt |",
+        "| --- | ---: | ---: |",
+        *(f"| {c.row.name} | {c.row.mean_batch:.1f} | {tokens:.0f} |" for c, tokens in implied),
+        "",
+        f"The assumption is {V3_INPUT_TOKENS:.0f}: the engine keeps more memory free than is "
+        "assumed here, so the figures are upper ends. Errors of the same rows with other means:",
+        "",
+        "| mean prompt | J: median \\|e\\| % | sign | s: median \\|e\\| % | sign |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for mean, rows in sorted({V3_INPUT_TOKENS: list(known), **others}.items()):
+        joules = error_stats(c.joules_error for c in rows)
+        seconds = error_stats(c.seconds_error for c in rows)
+        assert joules is not None and seconds is not None
+        numbers = (joules.median_abs, joules.median, seconds.median_abs, seconds.median)
+        cells = (f"{100 * v:+.1f}" if i % 2 else f"{100 * v:.1f}" for i, v in enumerate(numbers))
+        lines.append(f"| {mean:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
