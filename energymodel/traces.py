@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import stat
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,6 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.errors import TraceError, unknown_name
+from energymodel.trace_files import (
+    HEAD_BYTES,
+    check_lines,
+    is_parquet,
+    open_source,
+    read_head,
+    unreadable,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -30,9 +36,8 @@ MAX_TOKENS = 10_000_000
 """Longest believable input or output; beyond it a row is `absurd`."""
 
 _MAX_SECONDS = 1e10  # about 300 years: a larger time is in another unit or corrupt
-_HEAD_BYTES = 1 << 20  # the header and the first row must lie within this many bytes
-_HEAD_LINES = 64
 _LINES_KEPT = 5
+_SUFFIXES = (".gz", ".zst", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,25 +160,16 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     """
     if trace_format is not None and trace_format not in _FORMATS:
         raise TraceError(unknown_name("trace format", trace_format, _FORMATS))
-    source = _open(path)
     where = "stdin" if path == "-" else path
+    source = open_source(path, lambda head: _read_header(head, where, trace_format))
     import polars as pl  # noqa: PLC0415 (60 ms that only reading a trace should cost)
 
     try:
-        table, first_line, name = _scan(source, where, trace_format)
+        scan = _scan_parquet if is_parquet(source) else _scan_text
+        table, first_line, name = scan(source, where, trace_format)
         rows = table.collect(engine="streaming")
-    except (
-        pl.exceptions.PolarsError,
-        pl.exceptions.PanicException,
-        csv.Error,
-        OSError,
-        ValueError,
-    ) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise TraceError(
-            f"{where}: cannot be read as a trace ({reason}); is the file complete, and is it CSV, "
-            "JSON lines (plain, gzip, zstd) or Parquet?"
-        ) from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
+        raise unreadable(where, error) from error
     return _to_requests(
         where=where,
         trace_format=name,
@@ -184,112 +180,102 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     )
 
 
-def _open(path: str) -> Path | bytes:
-    """The path of a regular file, or the bytes of stdin or of a pipe."""
-    try:
-        if path == "-":
-            source: Path | bytes = sys.stdin.buffer.read()
-        else:
-            mode = Path(path).stat().st_mode
-            if stat.S_ISFIFO(mode):
-                source = Path(path).read_bytes()
-            elif stat.S_ISREG(mode):
-                source = Path(path)
-                with source.open("rb"):
-                    pass
-            else:
-                kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-                raise TraceError(f"{path}: is {kind}; give a trace file, or - for stdin")
-    except FileNotFoundError as error:
-        raise TraceError(f"{path}: no such file; check the path given as the trace") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TraceError(f"{path!r}: cannot be opened ({reason})") from error
-    return source
+def _scan_parquet(
+    source: Path | bytes, where: str, trace_format: str | None
+) -> tuple[pl.LazyFrame, int, str]:
+    """Lazy columns (time, input, output, code), the number of the first row, and the format."""
+    import polars as pl  # noqa: PLC0415
+
+    table = pl.scan_parquet(BytesIO(source) if isinstance(source, bytes) else source, glob=False)
+    schema = table.collect_schema()
+    name, columns = _find_format(list(schema), trace_format, where)
+    date = _FORMATS[name].is_date
+    fields = [
+        _typed(column, schema[column], where, date and index == 0)
+        for index, column in enumerate(columns)
+    ]
+    never = pl.lit(False)
+    return _classify(table, fields, never, never, _FORMATS[name].ticks_per_second), 1, name
 
 
-def _scan(
+def _scan_text(
     source: Path | bytes, where: str, trace_format: str | None
 ) -> tuple[pl.LazyFrame, int, str]:
     """Lazy columns (time, input, output, code), the line of the first row, and the format."""
     import polars as pl  # noqa: PLC0415
 
-    head = _head(source)
-    if not head:
-        raise TraceError(f"{where}: the file is empty; a trace has a header and one row a request")
-    if head.startswith(b"PAR1"):
-        table = pl.scan_parquet(
-            BytesIO(source) if isinstance(source, bytes) else source, glob=False
-        )
-        schema = table.collect_schema()
-        name, columns = _find_format(list(schema), trace_format, where)
-        date = _FORMATS[name].is_date
-        typed = [
-            _typed(column, schema[column], where, date and index == 0)
-            for index, column in enumerate(columns)
-        ]
-        never = pl.lit(False)
-        return _classify(table, typed, never, never, _FORMATS[name].ticks_per_second), 1, name
-
-    lines = _head_lines(head, source, where)
-    first = next((index for index, text in enumerate(lines) if text.strip()), None)
-    if first is None:
-        raise TraceError(f"{where}: the file holds only blank lines; a trace has a header and rows")
+    header = _read_header(read_head(source, where), where, trace_format)
+    quotes = check_lines(source, where)
     line = pl.col("line")
     blank = line.is_null() | (line.str.strip_chars() == "")
     extra = pl.lit(False)
-    if lines[first].lstrip().startswith(("{", "[")):
-        name, columns = _find_format(_json_keys(lines[first], where), trace_format, where)
-        fields = [line.str.json_path_match(f"$['{column}']") for column in columns]
+    if header.separator is None:
+        fields = [line.str.json_path_match(f"$['{column}']") for column in header.columns]
     else:
-        separator = max(",;\t", key=lines[first].count)
-        header = next(csv.reader([lines[first].strip("\r")], delimiter=separator))
-        name, columns = _find_format(header, trace_format, where)
-        if any('"' in text for text in lines[first + 1 :]):  # a quoted separator empties the field
+        separator = header.separator
+        if quotes:  # a quoted separator empties the field
             line = line.str.replace_all(f'"([^"{separator}]*)"|"[^"]*"', "${1}")
-        parts = line.str.split_exact(separator, len(header)).struct
-        fields = [parts[header.index(column)] for column in columns]
-        extra = parts[len(header)].str.strip_chars() != ""  # a trailing separator is no field
-        first += 1
-    date = _FORMATS[name].is_date
+        parts = line.str.split_exact(separator, len(header.found)).struct
+        fields = [parts[header.found.index(column)] for column in header.columns]
+        extra = parts[len(header.found)].str.strip_chars() != ""  # a trailing separator is none
+    date = _FORMATS[header.name].is_date
     table = _classify(
         _scan_lines(source),
         [_text(field, date and index == 0) for index, field in enumerate(fields)],
         extra,
         blank,
-        _FORMATS[name].ticks_per_second,
+        _FORMATS[header.name].ticks_per_second,
     )
-    return table.slice(first), first + 1, name
+    return table.slice(header.first_row), header.first_row + 1, header.name
 
 
-def _head(source: Path | bytes) -> bytes:
-    if isinstance(source, bytes):
-        return source[:_HEAD_BYTES]
-    with source.open("rb") as file:
-        return file.read(_HEAD_BYTES)
+@dataclass(frozen=True, slots=True)
+class _Header:
+    name: str  # of the format
+    columns: tuple[str, str, str]  # time, input, output
+    found: list[str]  # all columns
+    separator: str | None  # None for JSON lines
+    first_row: int  # lines above it
 
 
-def _head_lines(head: bytes, source: Path | bytes, where: str) -> list[str]:
-    """First lines of a text file, unpacked; refuses what is no text or has no short lines."""
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):  # gzip, zstd
-        rows = _scan_lines(source, n_rows=_HEAD_LINES).collect()
-        text = "\n".join(line or "" for line in rows["line"])
-    else:
-        text = head.decode("utf-8-sig", errors="replace")
-        if len(head) == _HEAD_BYTES and head.count(b"\n") < 2:
-            raise TraceError(
-                f"{where}: the first two lines are longer than {_HEAD_BYTES:,} bytes; a trace has "
-                "a header line and one line for each request"
-            )
-    if "\0" in text or text.count("�") > len(text) / 10:
+def _read_header(head: bytes, where: str, trace_format: str | None) -> _Header:
+    """Format and columns from the first bytes of a text file; refuses what is no trace."""
+    lines = _head_lines(head, where)
+    first = next((index for index, text in enumerate(lines) if text.strip()), None)
+    if first is None:
+        raise TraceError(f"{where}: the file holds only blank lines; a trace has a header and rows")
+    if lines[first].lstrip().startswith(("{", "[")):
+        found = _json_keys(lines[first], where)
+        name, columns = _find_format(found, trace_format, where)
+        return _Header(name, columns, found, None, first)
+    separator = max(",;\t", key=lines[first].count)
+    try:
+        found = next(csv.reader([lines[first].strip("\r")], delimiter=separator))
+    except csv.Error as error:
+        raise unreadable(where, error) from error
+    name, columns = _find_format(found, trace_format, where)
+    return _Header(name, columns, found, separator, first + 1)
+
+
+def _head_lines(head: bytes, where: str) -> list[str]:
+    """First lines of a text file; refuses what is empty, no text, or has no short lines."""
+    if not head:
+        raise TraceError(f"{where}: the file is empty; a trace has a header and one row a request")
+    text = head.decode("utf-8-sig", errors="replace")
+    if "\0" in text or text.count("\ufffd") > len(text) / 10:
         raise TraceError(
             f"{where}: binary data, not a trace; give CSV or JSON lines in UTF-8 (plain, gzip or "
             "zstd) or Parquet"
         )
-    return text.removeprefix("﻿").split("\n")
+    if len(head) == HEAD_BYTES and head.count(b"\n") < 2:
+        raise TraceError(
+            f"{where}: the first two lines are longer than {HEAD_BYTES:,} bytes; a trace has "
+            "a header line and one line for each request"
+        )
+    return text.split("\n")
 
 
-def _scan_lines(source: Path | bytes, n_rows: int | None = None) -> pl.LazyFrame:
+def _scan_lines(source: Path | bytes) -> pl.LazyFrame:
     import polars as pl  # noqa: PLC0415
 
     return pl.scan_csv(
@@ -299,7 +285,6 @@ def _scan_lines(source: Path | bytes, n_rows: int | None = None) -> pl.LazyFrame
         quote_char=None,
         schema={"line": pl.String},
         encoding="utf8-lossy",
-        n_rows=n_rows,
         raise_if_empty=False,
         glob=False,
     )
@@ -456,7 +441,7 @@ def _to_requests(
         order = np.argsort(arrival, kind="stable")
         arrival, tokens_in, tokens_out = arrival[order], tokens_in[order], tokens_out[order]
     return Requests(
-        name="stdin" if where == "stdin" else Path(where).name.split(".")[0] or where,
+        name=_trace_name(where),
         arrival_seconds=(arrival - arrival[0]) / ticks_per_second,
         input_tokens=tokens_in,
         output_tokens=tokens_out,
@@ -465,3 +450,11 @@ def _to_requests(
         dropped=dropped,
         rows_read=rows_read,
     )
+
+
+def _trace_name(where: str) -> str:
+    """The file's name without the endings of trace files."""
+    name = Path(where).name
+    while name.lower().endswith(_SUFFIXES) and (stem := Path(name).stem) != name:
+        name = stem
+    return name or where

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -108,9 +109,8 @@ def plain(*rows: str) -> str:
 
 
 def zstd_frame(content: bytes) -> bytes:
-    """One uncompressed block in a Zstandard frame (RFC 8878, section 3.1.1)."""
-    header = b"\x28\xb5\x2f\xfd" + b"\xa0" + len(content).to_bytes(4, "little")
-    return header + (1 + (len(content) << 3)).to_bytes(3, "little") + content
+    """A zstd file, as the command line tool writes it."""
+    return zstandard.ZstdCompressor().compress(content)
 
 
 def assert_expected(requests, trace_format):
@@ -278,7 +278,12 @@ def test_broken_json_lines_are_counted(tmp_path):
     [
         (b"", "is empty"),
         (b"\n \n\n", "only blank lines"),
-        (gzip.compress(b""), "only blank lines|binary data"),
+        (gzip.compress(b""), "is empty"),
+        (gzip.compress(b"x" * (3 << 20)), "first two lines are longer"),
+        (zstd_frame(b"x" * (3 << 20)), "first two lines are longer"),
+        (plain("0,1,1", "1" * (2 << 20)).encode(), "line 3 is longer than 1,048,576 bytes"),
+        (gzip.compress(plain("0,1,1", "1" * (2 << 20)).encode()), "line 3 is longer"),
+        (zstd_frame(plain("0,1,1", "1" * (2 << 20)).encode()), "line 3 is longer"),
         (b"TIMESTAMP,ContextTokens,GeneratedTokens\n", "no rows"),
         (b"TIMESTAMP,ContextTokens,GeneratedTokens", "no rows"),
         (b"a,b,c\n1,2,3\n", r"Found: 'a,b,c'.*azure: TIMESTAMP,ContextTokens.*plain: arrival_sec"),
@@ -431,6 +436,133 @@ def test_any_bytes_give_requests_or_a_clear_error(tmp_path, content):
         assert "trace.csv" in str(error)
     else:
         assert requests.arrival_seconds.size >= 1
+
+
+def edited(text: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    """`text` with pieces cut out and others put in their place."""
+    for place, length, piece in edits:
+        at = place % (len(text) + 1)
+        text = text[:at] + piece + text[at + length :]
+    return text
+
+
+@quick
+@given(
+    name=st.sampled_from(sorted(SAME_IN_EVERY_FORMAT)),
+    edits=st.lists(
+        st.tuples(
+            st.integers(0, 10_000),
+            st.integers(0, 30),
+            st.one_of(
+                st.binary(max_size=4),
+                st.sampled_from(
+                    [b",", b'"', b"\n", b"\r", b"\r\n", b"\0", b"-", b"1e18", b"nan", b"{", b"\xff"]
+                ),
+            ),
+        ),
+        max_size=6,
+    ),
+    packed=st.sampled_from([bytes, gzip.compress, zstd_frame]),
+)
+def test_an_edited_trace_gives_requests_or_a_clear_error(tmp_path, name, edits, packed):
+    content = packed(edited(SAME_IN_EVERY_FORMAT[name].encode(), edits))
+    try:
+        requests = read_trace(write(tmp_path, content))
+    except EnergyModelError as error:
+        assert "trace.csv" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert requests.arrival_seconds[0] == 0.0
+        assert np.all(np.diff(requests.arrival_seconds) >= 0)
+        for tokens in (requests.input_tokens, requests.output_tokens):
+            assert tokens.min() >= 1
+            assert tokens.max() <= MAX_TOKENS
+
+
+@quick
+@given(cut=st.integers(0, 400), packed=st.sampled_from([gzip.compress, zstd_frame]))
+def test_a_packed_trace_that_breaks_off_is_refused(tmp_path, cut, packed):
+    whole = packed(plain("0,1,1", *(f"{i},{i % 7 + 1},3" for i in range(1, 500))).encode())
+    with pytest.raises(TraceError, match=r"trace\.csv"):
+        read_trace(write(tmp_path, whole[: min(20 + cut, len(whole) - 5)]))
+
+
+class Endless(io.RawIOBase):
+    """A stream that repeats a piece, and fails the test if more than 2 MiB are taken from it."""
+
+    def __init__(self, piece: bytes) -> None:
+        self.piece = piece * (65536 // len(piece) + 1)
+        self.taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        size = min(len(buffer), 65536)
+        buffer[:size] = self.piece[:size]
+        self.taken += size
+        assert self.taken <= 2 << 20, "the whole stream is read"
+        return size
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [(b"y\n", "Found: 'y'"), (b"\0", "binary data"), (b"1,", "longer"), (b"\n", "only blank")],
+)
+def test_an_endless_stream_is_refused_by_its_head(monkeypatch, piece, message):
+    stream = io.TextIOWrapper(io.BufferedReader(Endless(piece)))
+    monkeypatch.setattr("sys.stdin", stream)
+    with pytest.raises(TraceError, match=f"stdin.*{message}"):
+        read_trace("-")
+
+
+def test_a_stream_too_long_to_hold_is_refused(monkeypatch):
+    monkeypatch.setattr("energymodel.trace_files._MOST_STREAM_BYTES", 1 << 20)
+    content = plain("0,1,1", *["1,1,1"] * 300_000).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(TraceError, match=r"stdin: more than .* write it to a file"):
+        read_trace("-")
+
+
+def test_too_many_lines_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("energymodel.trace_files._MOST_LINES", 1000)
+    with pytest.raises(TraceError, match="more than 1,000 lines"):
+        read_trace(write(tmp_path, gzip.compress(plain("0,1,1", *[""] * 2000).encode())))
+
+
+def test_closed_stdin(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(TraceError, match="stdin is closed"):
+        read_trace("-")
+
+
+def test_quotes_far_down_the_file_are_read(tmp_path):
+    rows = [f"{i},100,10" for i in range(100_000)]  # more than the head
+    requests = read_trace(write(tmp_path, plain(*rows, '100000,"7","8"')), strict=True)
+    assert requests.input_tokens[-1] == 7
+    assert requests.output_tokens[-1] == 8
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_mixed_line_ends_and_the_first_arrival_late(tmp_path, end):
+    text = f"\ufeffarrival_seconds,input_tokens,output_tokens\r\n100.5,7,1{end}102,8.0,2\n103,9,3"
+    requests = read_trace(write(tmp_path, text), strict=True)
+    assert requests.arrival_seconds.tolist() == [0.0, 1.5, 2.5]
+    assert requests.input_tokens.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("azure_code.csv", "azure_code"),
+        ("day.2024-05-01.csv.gz", "day.2024-05-01"),
+        ("v1.2", "v1.2"),
+        ("t.JSONL.zst", "t"),
+        (".csv", ".csv"),
+    ],
+)
+def test_the_name_is_the_file_without_its_endings(tmp_path, file, name):
+    assert read_trace(write(tmp_path, plain("0,1,1"), file)).name == name
 
 
 @needs_shared
