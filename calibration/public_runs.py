@@ -41,13 +41,19 @@ class PublicSource:
 SOURCES: Mapping[str, PublicSource] = {
     V3: PublicSource(
         title="ML.ENERGY leaderboard v3, chat (H100)",
-        citation="ml-energy/leaderboard@0cd52dab, Apache-2.0; Chung et al., arXiv 2505.06371",
+        citation=(
+            "ml-energy/leaderboard@0cd52dab, Apache-2.0; Chung et al., arXiv 2505.06371; settings "
+            "from ml-energy/benchmark (mlenergy/llm/benchmark.py, configs/vllm/lm-arena-chat)"
+        ),
         assumption=(
-            "Steady state at max_num_seqs, all requests sent at once. Prompt lengths are not "
-            f"published: log-normal with a mean of {V3_INPUT_TOKENS:.0f} tokens, which the "
-            "published average batches imply (see below). Outputs: gamma distributed around the "
-            "published mean. vLLM 0.11.1, taken as the stack `vllm`, "
-            f"{SERVER_STEP_TOKENS} tokens a step."
+            "vLLM 0.11.1, asynchronous scheduling, 8192 tokens a step, taken as the stack `vllm`; "
+            "all requests sent at once, measured from the moment that max_num_seqs requests have "
+            "their first token until as many are left: taken as the steady state. Prompts are "
+            "conversations so far, their lengths are not published: log-normal with a mean of "
+            f"{V3_INPUT_TOKENS:.0f} tokens, which the published average batches imply (see below). "
+            "Outputs: gamma distributed around the published mean. Not in the prediction: tokens "
+            "were drawn with top-p 0.95, which sorts the vocabulary for every token (the model "
+            "takes the largest logit), and turns of one conversation may share cached prefixes."
         ),
     ),
     V2: PublicSource(
