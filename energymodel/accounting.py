@@ -116,3 +116,14 @@ def add_up(
         preemptions=round(total("preemptions")),
         throttled_seconds=total("throttled_seconds"),
     )
+
+
+def energy_parts(served: Served) -> tuple[dict[str, float], dict[str, float]]:
+    """Energy by component and by operator [J]; each adds up to the total."""
+    rest = {"host_wait": served.wait_joules, "idle": served.idle_joules}
+    components = dict.fromkeys(("base", "flops", "onchip", "hbm", "link"), 0.0)
+    for parts in served.operators.values():
+        for part, value in parts.items():
+            components[part] += value
+    operators = {name: sum(parts.values()) for name, parts in served.operators.items()} | rest
+    return components | rest, dict(sorted(operators.items(), key=lambda item: -item[1]))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel import naive
-from energymodel.accounting import Served
+from energymodel.accounting import Served, energy_parts
 from energymodel.bins import EXACT_GRID, PAPER_GRID, bin_requests
 from energymodel.calibrations import IntervalCalibration
 from energymodel.deployment import Deployment
@@ -49,7 +49,7 @@ def assemble(
     estimates = _naive_joules(flops, output_flops, outputs, served, deployment, replicas)
     several = outputs > 1
     decoding = (served.finish_seconds - served.first_token_seconds)[several]
-    components, operators = _parts(served)
+    components, operators = energy_parts(served)
     return Prediction(
         inputs=_inputs(requests, deployment, replicas, arrivals, binning, seed)
         | {"pue": pue, "grid_grams_per_kwh": None if grid is None else grid.grams_per_kwh},
@@ -143,17 +143,6 @@ def _percentiles(values: Array) -> Percentiles:
         return Percentiles(p50=None, p90=None, p99=None)
     p50, p90, p99 = (float(value) for value in np.percentile(values, [50, 90, 99]))
     return Percentiles(p50=p50, p90=p90, p99=p99)
-
-
-def _parts(served: Served) -> tuple[dict[str, float], dict[str, float]]:
-    """Energy by component and by operator [J]; each adds up to the total."""
-    rest = {"host_wait": served.wait_joules, "idle": served.idle_joules}
-    components = dict.fromkeys(("base", "flops", "onchip", "hbm", "link"), 0.0)
-    for parts in served.operators.values():
-        for part, value in parts.items():
-            components[part] += value
-    operators = {name: sum(parts.values()) for name, parts in served.operators.items()} | rest
-    return components | rest, dict(sorted(operators.items(), key=lambda item: -item[1]))
 
 
 def _flops_tdp(flops: Array, deployment: Deployment) -> Array:

@@ -83,7 +83,7 @@ def simulate(
     sums = new_sums(len(costs.tokens), len(costs.rows))
     if static_batches:
         totals = np.zeros(len(TOTALS))
-        static: tuple[Any, ...] = (arrival, inputs, outputs, *_parameters(costs), sums, totals)
+        static: tuple[Any, ...] = (arrival, inputs, outputs, *parameters(costs), sums, totals)
         first_token, finish, joules = serve_static_batches(*static)
     else:
         _check_budget(costs)
@@ -92,7 +92,7 @@ def simulate(
         patience = float(abandon_seconds)
         whole: tuple[Any, ...] = (
             *(replica, sums, requests, 0, True),
-            *(*_parameters(costs), jump, patience, done),
+            *(*parameters(costs), jump, patience, done),
         )
         _, count, status = advance(*whole)
         if status != SERVED:
@@ -113,7 +113,8 @@ def simulate(
     )
 
 
-def _parameters(costs: CostTables) -> tuple[Any, ...]:
+def parameters(costs: CostTables) -> tuple[Any, ...]:
+    """Arguments of the compiled schedulers: tables, host, limits, config."""
     tables = (costs.tokens, costs.rows, costs.attention, costs.phases, costs.graph_tokens)
     return tables, costs.host, costs.limits, costs.config
 

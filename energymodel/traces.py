@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.errors import TraceError, unknown_name
+from energymodel.trace_dates import epoch_microseconds
 from energymodel.trace_files import (
     HEAD_BYTES,
     check_lines,
@@ -180,6 +181,70 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     )
 
 
+def read_batches(
+    path: str, *, trace_format: str | None = None, rows: int = 1_000_000
+) -> Iterator[Requests]:
+    """Read a trace file piece by piece, in memory that does not grow with it.
+
+    Parameters
+    ----------
+    path : str
+        A file whose requests are in order of arrival.
+    trace_format : str, optional
+        As in `read_trace`; bad rows are counted and left out in the same way.
+    rows : int
+        Of a piece, about.
+
+    Yields
+    ------
+    Requests
+        `arrival_seconds` count from the first request of the file.
+
+    Raises
+    ------
+    TraceError
+        As in `read_trace`, and if a piece starts before the one above it has ended.
+    """
+    if trace_format is not None and trace_format not in _FORMATS:
+        raise TraceError(unknown_name("trace format", trace_format, _FORMATS))
+    if path == "-":
+        raise TraceError("stdin cannot be read piece by piece; give a trace file")
+    source = open_source(path, lambda head: None)
+    import polars as pl  # noqa: PLC0415
+
+    first_tick = None
+    last_tick = -np.inf
+    try:
+        scan = _scan_parquet if is_parquet(source) else _scan_text
+        table, line, name = scan(source, path, trace_format)
+        for piece in table.collect_batches(chunk_size=rows, maintain_order=True):
+            columns = [piece[column].to_numpy() for column in ("time", "input", "output", "code")]
+            good = columns[3] == 0
+            if good.any():
+                ticks = columns[0][good]
+                first_tick = float(ticks.min()) if first_tick is None else first_tick
+                if ticks.min() < last_tick:
+                    raise TraceError(
+                        f"{path}: requests after line {line} arrive before those above it; sort "
+                        "the file by time to read it piece by piece"
+                    )
+                last_tick = float(ticks.max())
+                yield _to_requests(
+                    where=path,
+                    trace_format=name,
+                    ticks_per_second=_FORMATS[name].ticks_per_second,
+                    first_line=line,
+                    strict=False,
+                    columns=columns,
+                    first_tick=first_tick,
+                )
+            line += piece.height
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        raise unreadable(path, error) from error
+    if first_tick is None:
+        raise TraceError(f"{path}: has no usable row; a trace has one row a request")
+
+
 def _scan_parquet(
     source: Path | bytes, where: str, trace_format: str | None
 ) -> tuple[pl.LazyFrame, int, str]:
@@ -338,11 +403,9 @@ def _text(field: pl.Expr, is_date: bool) -> _Field:
     if not is_date:
         return missing, text.cast(pl.Float64, strict=False)
     text = text.str.replace("T", " ", literal=True)
-    dates = [
-        text.str.to_datetime(form, time_unit="us", strict=False).dt.epoch("us")
-        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%#z")
-    ]
-    return missing, pl.coalesce(dates).cast(pl.Float64)
+    return missing, text.map_batches(
+        epoch_microseconds, return_dtype=pl.Float64, is_elementwise=True
+    )
 
 
 def _typed(column: str, dtype: pl.DataType, where: str, is_date: bool) -> _Field:
@@ -411,6 +474,7 @@ def _to_requests(
     first_line: int,
     strict: bool,
     columns: Sequence[NDArray[np.generic]],
+    first_tick: float | None = None,
 ) -> Requests:
     time, inputs, outputs, code = columns
     good = code == 0
@@ -442,7 +506,8 @@ def _to_requests(
         arrival, tokens_in, tokens_out = arrival[order], tokens_in[order], tokens_out[order]
     return Requests(
         name=_trace_name(where),
-        arrival_seconds=(arrival - arrival[0]) / ticks_per_second,
+        arrival_seconds=(arrival - (arrival[0] if first_tick is None else first_tick))
+        / ticks_per_second,
         input_tokens=tokens_in,
         output_tokens=tokens_out,
         trace_format=trace_format,
