@@ -13,7 +13,7 @@ Two stages, both robust least squares on log residuals with bounds at zero:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.calibrations import Calibration, KernelCalibration
-from energymodel.roofline import OperatorCosts, kernel_costs
+from energymodel.roofline import OperatorCosts, kernel_costs, step_seconds_and_joules
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
@@ -42,6 +42,8 @@ class KernelRows:
     hbm_bytes: Array
     activation_bytes: Array
     link_bytes: Array
+    tiles: Array
+    """Pieces of work of the thread blocks, as `operators.OperatorTable.tiles`."""
     calls: Array
     gemm_rows: Array
     gemm_columns: Array
@@ -50,7 +52,7 @@ class KernelRows:
     watts: Array
     """Measured mean power [W]; NaN where it was not measured."""
     clock: Array
-    """Mean SM clock over the highest [-]; 1 where unknown."""
+    """Mean SM clock over the highest [-]; NaN where the power limit may have held it down."""
     capped: NDArray[np.bool_]
     """The power limit held the clock down."""
 
@@ -64,6 +66,16 @@ class KernelRows:
                 values[f.name] = tuple(v for v, keep in zip(value, chosen, strict=True) if keep)
             else:
                 values[f.name] = value[chosen]
+        return KernelRows(**values)
+
+    @staticmethod
+    def join(parts: Sequence[KernelRows]) -> KernelRows:
+        """All rows of several tables, one table after another."""
+        values: dict[str, Any] = {}
+        for f in fields(KernelRows):
+            columns = [getattr(part, f.name) for part in parts]
+            is_text = isinstance(columns[0], tuple)
+            values[f.name] = sum(columns, ()) if is_text else np.concatenate(columns)
         return KernelRows(**values)
 
     def of_class(self, op_class: str) -> KernelRows:
@@ -98,6 +110,7 @@ def row_costs(
         hbm_bytes=rows.hbm_bytes,
         activation_bytes=rows.activation_bytes,
         link_bytes=rows.link_bytes,
+        tiles=rows.tiles,
         calls=rows.calls,
         gemm_rows=rows.gemm_rows,
         gemm_columns=rows.gemm_columns,
@@ -111,54 +124,131 @@ def row_costs(
 
 
 _TIME_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "compute_efficiency": (0.02, 1.1),
+    "compute_efficiency": (0.02, 1.3),
     "memory_efficiency": (0.02, 1.1),
     "call_seconds": (1e-7, 3e-4),
     "sharpness": (1.0, 16.0),
-    "wave_exponent": (0.0, 1.0),
+    "wave_exponent": (1e-3, 1.0),
+    "tile_seconds": (1e-9, 1e-4),
 }
 """Physical ranges; efficiencies may pass 1 a little where boards run above the datasheet clock."""
 
 TIME_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "gemm": tuple(_TIME_BOUNDS),
-    "moe": ("compute_efficiency", "memory_efficiency", "call_seconds", "sharpness"),
-    "attention_prefill": ("compute_efficiency", "call_seconds"),
-    "attention_decode": ("memory_efficiency", "call_seconds"),
+    "moe": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "sharpness",
+        "tile_seconds",
+    ),
+    "attention_prefill": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "tile_seconds",
+    ),
+    "attention_decode": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "tile_seconds",
+    ),
     "elementwise": ("memory_efficiency", "call_seconds"),
     "sampling": ("memory_efficiency", "call_seconds"),
-    "communication": ("memory_efficiency", "call_seconds"),
+    "communication": ("memory_efficiency", "call_seconds", "sharpness"),
 }
 """What is fitted for each class: no more than its cases can tell apart."""
 
 
+def predicted_seconds(
+    rows: KernelRows,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    override: Mapping[str, float] | None = None,
+) -> Array:
+    """Seconds of the rows' kernels at the measured clock share (n,).
+
+    Where the clock is not known the power limit decides it, as in a prediction.
+    """
+    costs = row_costs(rows, gpu, calibration, override)
+    at_clock = costs.memory_seconds + costs.compute_seconds / rows.clock
+    if np.isfinite(rows.clock).all():
+        return np.asarray(at_clock)
+    limited, _ = step_seconds_and_joules(row_tables(costs), calibration)
+    return np.where(np.isfinite(rows.clock), at_clock, limited)
+
+
+def row_tables(costs: OperatorCosts) -> Array:
+    """Costs of rows (n,) in the form of `roofline.step_seconds_and_joules` (n, 4)."""
+    columns = {f.name: getattr(costs, f.name)[:, None] for f in fields(costs)}
+    return OperatorCosts(**columns).tables()
+
+
 def fit_kernel_seconds(
-    rows: KernelRows, gpu: GpuSpec, calibration: Calibration, op_class: str
+    rows: KernelRows,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    op_class: str,
+    keep: Sequence[str] = (),
 ) -> KernelCalibration:
     """Time parameters of one class, robust least squares on log seconds.
 
-    Under the power limit compute-bound time is divided by the measured clock share, so that the
-    efficiencies are those of the highest clock.
+    The efficiencies are those of the highest clock: see `predicted_seconds`. Parameters in
+    `keep` stay as the calibration has them.
     """
     from scipy.optimize import least_squares  # noqa: PLC0415
 
     rows = rows.of_class(op_class)
-    names = TIME_PARAMETERS[op_class]
+    names = [n for n in TIME_PARAMETERS[op_class] if n not in keep]
     start = calibration.kernels[op_class]
-    low, high = (np.log([max(_TIME_BOUNDS[n][i], 1e-9) for n in names]) for i in (0, 1))
+    low, high = (np.log([_TIME_BOUNDS[n][i] for n in names]) for i in (0, 1))
     measured = np.log(rows.seconds)
 
     def residuals(theta: Array) -> Array:
         override = dict(zip(names, np.exp(theta), strict=True))
-        costs = row_costs(rows, gpu, calibration, override)
-        return np.asarray(
-            np.log(costs.memory_seconds + costs.compute_seconds / rows.clock) - measured
-        )
+        return np.log(predicted_seconds(rows, gpu, calibration, override)) - measured
 
-    first = np.clip(np.log([max(getattr(start, n), 2e-9) for n in names]), low + 1e-6, high - 1e-6)
+    first = np.log([max(getattr(start, n), 2.0 * _TIME_BOUNDS[n][0]) for n in names])
     result = least_squares(
-        residuals, first, bounds=(low, high), loss="soft_l1", f_scale=ROBUST_SCALE, x_scale="jac"
+        residuals,
+        np.clip(first, low + 1e-6, high - 1e-6),
+        bounds=(low, high),
+        loss="soft_l1",
+        f_scale=ROBUST_SCALE,
+        x_scale="jac",
     )
     return replace(start, **dict(zip(names, map(float, np.exp(result.x)), strict=True)))
+
+
+def held_out_seconds(
+    rows: KernelRows,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    op_class: str,
+    keep: Sequence[str] = (),
+    folds: int = 5,
+) -> Array:
+    """Seconds of the class's rows, each predicted by a fit without any row of its family (n,)."""
+    from sklearn.model_selection import GroupKFold  # noqa: PLC0415
+
+    rows = rows.of_class(op_class)
+    families = np.array(rows.family)
+    predicted = np.full(len(rows), np.nan)
+    split = GroupKFold(min(folds, len(set(rows.family))))
+    for train, test in split.split(families, groups=families):
+        fitted = fit_kernel_seconds(_at(rows, train), gpu, calibration, op_class, keep)
+        kernels = {**calibration.kernels, op_class: fitted}
+        predicted[test] = predicted_seconds(
+            _at(rows, test), gpu, replace(calibration, kernels=kernels)
+        )
+    return predicted
+
+
+def _at(rows: KernelRows, indices: NDArray[np.int64]) -> KernelRows:
+    mask = np.zeros(len(rows), dtype=bool)
+    mask[indices] = True
+    return rows.pick(mask)
 
 
 ENERGY_CLASSES = ("gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "sampling")
@@ -278,9 +368,3 @@ def summarize(predicted: Array, measured: Array) -> ErrorSummary:
         max=float(size.max()),
         bias=float(np.median(error)),
     )
-
-
-def predicted_seconds(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Array:
-    """Seconds of the rows' kernels at the measured clock share."""
-    costs = row_costs(rows, gpu, calibration)
-    return np.asarray(costs.memory_seconds + costs.compute_seconds / rows.clock)

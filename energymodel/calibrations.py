@@ -25,9 +25,11 @@ SCHEMA_VERSION = 1
 class KernelCalibration:
     """How kernels of one operator class use the GPU.
 
-    A call takes `call_seconds + (t_compute**p + t_memory**p)**(1/p)`, p = `sharpness`, with
+    A call takes `call_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)`,
+    p = `sharpness`, with
     t_compute = executed FLOPs / (peak x compute_efficiency x wave fill**wave_exponent) and
-    t_memory = bytes / (bandwidth x memory_efficiency).
+    t_memory = bytes / (bandwidth x memory_efficiency). Prefill attention has p = 1: the tables of
+    the simulator add up its statistics.
     """
 
     compute_efficiency: float
@@ -40,6 +42,8 @@ class KernelCalibration:
     """p of the transition between memory- and compute-bound [-]."""
     wave_exponent: float = 0.0
     """How much a partly filled last wave of tiles costs [-], 0 = nothing, 1 = a full wave."""
+    tile_seconds: float = 0.0
+    """Time an SM spends on a tile before and after its arithmetic [s]."""
     active_watts: float = 0.0
     """Power of the busy SMs above the base, whatever they compute [W]."""
     flop_energy_factor: float = 1.0

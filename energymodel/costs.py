@@ -3,6 +3,10 @@
 A step's cost is the sum of a part that depends on the number of tokens, a part that depends on
 the rows of logits, and attention, which is linear in its four statistics. Each part is a row of
 four numbers (memory s, compute s, fixed J, core J; see `roofline.OperatorCosts.tables`).
+
+What attention costs per query row of a prompt and per decoding sequence is in the first two
+parts: a step of T tokens and R rows of logits holds R decoding sequences and T - R query rows,
+but for one row per prompt.
 """
 
 from __future__ import annotations
@@ -78,9 +82,13 @@ def cost_tables(
     by_tokens = _costs(
         token_ops, step_stats(model, tokens=np.arange(longest + 1.0)), gpu, calibration
     )
+    by_tokens += _attention_rows(
+        model, attention_ops, np.arange(longest + 1.0), gpu, calibration
+    ).tables()
     by_tokens[0] = 0.0
     rows = np.arange(serving.max_batch + 1.0)
     by_rows = _costs(row_ops, step_stats(model, tokens=rows, rows=rows), gpu, calibration)
+    by_rows += _attention_sequences(model, attention_ops, rows, gpu, calibration).tables()
     by_rows[0] = 0.0
     attention, phases = _attention_costs(model, attention_ops, gpu, calibration)
     stack = stack_calibration(calibration, serving.stack)
@@ -168,6 +176,9 @@ def operator_joules(
         stats = step_stats(model, tokens=size, rows=size if stat == "rows" else 0.0)
         costs = operator_costs(table, stats, gpu, calibration)
         _add(joules, table, costs, counts[used], calibration.base_watts)
+        per_size = _attention_rows if stat == "tokens" else _attention_sequences
+        costs = per_size(model, attention_ops, size, gpu, calibration)
+        _add(joules, attention_ops, costs, counts[used], calibration.base_watts)
     unit, fixed = _attention_units(model, attention_ops, gpu, calibration)
     _add(joules, attention_ops, unit, attention_sums, calibration.base_watts)
     _add(joules, attention_ops, fixed, phase_steps, calibration.base_watts)
@@ -221,6 +232,34 @@ def _subset(table: OperatorTable, mask: NDArray[np.bool_]) -> OperatorTable:
 
 def _costs(table: OperatorTable, stats: Array, gpu: GpuSpec, calibration: Calibration) -> Array:
     return operator_costs(table, stats, gpu, calibration).tables()
+
+
+def _attention_rows(
+    model: ModelSpec, table: OperatorTable, rows: Array, gpu: GpuSpec, calibration: Calibration
+) -> OperatorCosts:
+    """Attention's costs beyond its calls for query rows of prompts, pairs left out."""
+    stats = step_stats(model, tokens=0.0, prefill_rows=rows)
+    return operator_costs(table, stats, gpu, _without_calls(calibration))
+
+
+def _attention_sequences(
+    model: ModelSpec, table: OperatorTable, rows: Array, gpu: GpuSpec, calibration: Calibration
+) -> OperatorCosts:
+    """Attention's costs beyond its calls for decoding sequences, keys and values left out.
+
+    Less what `_attention_rows` counted for their tokens.
+    """
+    stats = step_stats(model, tokens=0.0, decode_sequences=rows)
+    sequences = operator_costs(table, stats, gpu, _without_calls(calibration))
+    counted = _attention_rows(model, table, rows, gpu, calibration)
+    return OperatorCosts(
+        **{f.name: getattr(sequences, f.name) - getattr(counted, f.name) for f in fields(sequences)}
+    )
+
+
+def _without_calls(calibration: Calibration) -> Calibration:
+    kernels = {c: replace(k, call_seconds=0.0) for c, k in calibration.kernels.items()}
+    return replace(calibration, kernels=kernels)
 
 
 def _attention_units(

@@ -33,21 +33,32 @@ STATS = (
     "prefill_window_pairs",  # the same under the sliding window
     "distinct_experts",  # experts of a layer that at least one token chose
     "expert_rows",  # rows the fused expert kernel computes, tile padding included
+    "decode_sequences",  # sequences in decode attention
+    "prefill_rows",  # query rows of the prefill chunks, attention tiles filled
 )
 """Sufficient statistics of a step, in the order of the coefficient columns."""
 
 _STAT = {name: i for i, name in enumerate(STATS)}
 _ACTIVATION_BYTES = 2.0  # activations are 16-bit on every stack modelled
 _LOGIT_PASSES_BYTES = 14.0  # per logit: 2 written, 2 read, 4 written as fp32, 4 + 2 read (argmax)
+SOFTMAX_WIDTH = 64.0
+"""Head width whose products take as long as the exponential of a query-key pair: an SM does 16 a
+clock (CUDA C++ Programming Guide, arithmetic throughput) and 4,096 dense 16-bit FLOPs (H100
+whitepaper), so one is worth 256 FLOPs, the products over 64 elements. FlashAttention hides part
+of it, which the fitted efficiency takes up."""
+TILE = 128
+"""Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorTable:
     """Coefficients of every operator on `STATS`, for one GPU of the group.
 
-    `flops`, `executed_flops`, `hbm_bytes`, `activation_bytes` and `link_bytes` have the shape
-    (operators, statistics); the rest (operators,). `flops` counts useful work,
-    `executed_flops` what the kernel runs (tile padding of the experts included).
+    `flops`, `executed_flops`, `hbm_bytes`, `activation_bytes`, `link_bytes` and `tiles` have the
+    shape (operators, statistics); the rest (operators,). `flops` counts useful work,
+    `executed_flops` what the kernel runs (tile padding of the experts included). `tiles` counts
+    the thread blocks' pieces of work: TILE x TILE outputs of a GEMM, TILE query rows of a head in
+    prefill attention, a sequence of a KV head in decode attention.
     """
 
     names: tuple[str, ...]
@@ -61,6 +72,7 @@ class OperatorTable:
     hbm_bytes: Array
     activation_bytes: Array
     link_bytes: Array
+    tiles: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +87,7 @@ class _Operator:
     hbm_bytes: dict[str, float] | None = None
     activation_bytes: dict[str, float] | None = None
     link_bytes: dict[str, float] | None = None
+    tiles: dict[str, float] | None = None
 
 
 def compute_dtype(weight_dtype: str) -> str:
@@ -96,6 +109,7 @@ def _gemm(
         executed_flops=work,
         hbm_bytes={"one": n * k * count * BYTES_PER_ELEMENT[dtype]},
         activation_bytes={per: (n + k) * count * _ACTIVATION_BYTES},
+        tiles={per: n * count / TILE**2},
     )
 
 
@@ -127,14 +141,20 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
     query = heads * spec.head_dim
     output = heads * spec.value_head_dim
-    pair_flops = {pair_stat: 2.0 * heads * (spec.head_dim + spec.value_head_dim) * count}
+    passed = (query + output + kv_elements) * _ACTIVATION_BYTES
+    # one thread block serves the query heads of a KV head, MLA's latent up to 64 of them
+    sequence_tiles = heads / 64.0 if spec.kind == "mla" else kv_heads
+    pair_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim) * count
+    softmax_flops = 4.0 * heads * SOFTMAX_WIDTH * count
     yield _Operator(
         name="attention_prefill",
         op_class="attention_prefill",
         compute_dtype="bf16",
         calls=count,
-        flops=pair_flops,
-        executed_flops=pair_flops,
+        flops={pair_stat: pair_flops},
+        executed_flops={pair_stat: pair_flops + softmax_flops},
+        activation_bytes={"prefill_rows": passed * count},
+        tiles={"prefill_rows": heads * count / TILE},
     )
     yield _Operator(
         name="attention_decode",
@@ -144,10 +164,12 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         flops={kv_stat: decode_flops * count},
         executed_flops={kv_stat: decode_flops * count},
         hbm_bytes={kv_stat: kv_elements * kv_bytes * count},
+        activation_bytes={"decode_sequences": (query + output) * _ACTIVATION_BYTES * count},
+        tiles={"decode_sequences": sequence_tiles * count},
     )
-    # queries and outputs pass the attention kernel once; rotary reads and writes q and k
-    rotary = 2.0 * (query + kv_elements)
-    yield _elementwise("rotary_and_kv_write", (rotary + query + output) * 2.0, count, kernels=2)
+    # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
+    rotary = 2.0 * (query + kv_elements) * _ACTIVATION_BYTES
+    yield _elementwise("rotary_and_kv_write", rotary, count, kernels=2)
     yield _gemm("o_proj", hidden, output, count, dtype)
 
 
@@ -200,14 +222,20 @@ def _feed_forward(
         flops={"tokens": 2.0 * per_row * top_k * count},
         executed_flops={"expert_rows": 2.0 * per_row * count},
         hbm_bytes={"distinct_experts": per_row * BYTES_PER_ELEMENT[dtype] * count},
-        # both GEMMs read and write their rows; then the top-k outputs are summed
-        activation_bytes={
-            "tokens": (hidden + up + width + 2.0 * hidden) * top_k * _ACTIVATION_BYTES * count
-        },
+        activation_bytes={"tokens": expert_activation_bytes(hidden, up, width, top_k) * count},
+        tiles={"expert_rows": (up + hidden) * count / TILE**2},
     )
-    yield _elementwise("activation", (up + width) * top_k * _ACTIVATION_BYTES, count, kernels=1)
-    # softmax, top-k and the alignment of rows to tiles: small kernels over the router's logits
-    yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=4)
+    # softmax and top-k over the router's logits
+    yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=2)
+
+
+def expert_activation_bytes(hidden: float, up: float, width: float, top_k: float) -> float:
+    """Activations of the fused experts per token [B].
+
+    Both GEMMs read and write their rows, the activation between them does too, and the top-k
+    outputs are summed.
+    """
+    return (2.0 * hidden + 2.0 * up + 2.0 * width + hidden) * top_k * _ACTIVATION_BYTES
 
 
 def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
@@ -280,6 +308,7 @@ def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
         hbm_bytes=coefficients("hbm_bytes"),
         activation_bytes=coefficients("activation_bytes"),
         link_bytes=coefficients("link_bytes"),
+        tiles=coefficients("tiles"),
     )
 
 
@@ -293,12 +322,13 @@ def distinct_experts(tokens: Array, num_experts: int, experts_per_token: int) ->
     return result
 
 
-def moe_tile_rows(tokens: Array, num_experts: int) -> Array:
-    """Rows of a tile of the fused expert kernel (vLLM's default configuration).
+def moe_tile_rows(tokens: Array) -> Array:
+    """Rows of a tile of the fused expert kernel by tokens of the step.
 
-    16 rows while there are no more tokens than experts, then 64, then 128 for large batches.
+    vLLM 0.22, `fused_moe.get_default_config` for 16-bit and per-tensor fp8 weights: 16 up to 32
+    tokens, 32 up to 96, 64 up to 512, then 128. Shapes with a tuned file may differ by one step.
     """
-    return np.where(tokens <= num_experts, 16.0, np.where(tokens <= 2048, 64.0, 128.0))
+    return np.select([tokens <= 32, tokens <= 96, tokens <= 512], [16.0, 32.0, 64.0], 128.0)
 
 
 def expert_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
@@ -308,7 +338,7 @@ def expert_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Arra
     approximated by the logistic 1 / (1 + exp(1.702 z)) (Bowling et al. 2009, error < 0.01);
     the j = 0 term is the exact share of experts that are touched at all.
     """
-    tile = moe_tile_rows(tokens, num_experts)
+    tile = moe_tile_rows(tokens)
     share = experts_per_token / num_experts
     mean = tokens * share
     deviation = np.sqrt(np.maximum(mean * (1.0 - share), 1e-12))

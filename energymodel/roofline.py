@@ -2,7 +2,10 @@
 
 Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
-    t = call_seconds + (t_compute**p + t_memory**p)**(1/p)
+    t = call_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)
+
+The second term is what an SM spends on each tile before and after its arithmetic; t_memory holds
+the bytes from device memory, from the L2 and over links.
 
 Energy of a step whose GPU time is t:
 
@@ -24,16 +27,15 @@ from numpy.typing import NDArray
 
 from energymodel.calibrations import Calibration, KernelCalibration
 from energymodel.errors import ConfigurationError, unknown_name
-from energymodel.operators import STATS, OperatorTable
+from energymodel.operators import STATS, TILE, OperatorTable
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
 
-TILE = 128
-"""Rows and columns of a GEMM output tile on the GPUs modelled (CUTLASS default for Hopper)."""
 _ROWS, _TOKENS = STATS.index("rows"), STATS.index("tokens")
-_MMA_ROWS = 64
-"""Rows of one warp-group matrix instruction (PTX ISA, wgmma.m64nNk16)."""
+_MMA_ROWS = 16
+"""Rows a GEMM is padded to: tokens lie on the N side of the matrix instruction, whose N is a
+multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take tiles of 16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,7 @@ def operator_costs(
         hbm_bytes=stats @ table.hbm_bytes.T,
         activation_bytes=stats @ table.activation_bytes.T,
         link_bytes=stats @ table.link_bytes.T,
+        tiles=stats @ table.tiles.T,
         calls=table.calls,
         gemm_rows=rows,
         gemm_columns=table.gemm_n,
@@ -117,6 +120,7 @@ def kernel_costs(
     hbm_bytes: Array,
     activation_bytes: Array,
     link_bytes: Array,
+    tiles: Array,
     calls: Array,
     gemm_rows: Array,
     gemm_columns: Array,
@@ -131,7 +135,7 @@ def kernel_costs(
 
     Parameters
     ----------
-    executed_flops, hbm_bytes, activation_bytes, link_bytes : work of all `calls` together
+    executed_flops, hbm_bytes, activation_bytes, link_bytes, tiles : work of all `calls` together
     gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
     flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
     parameter : values of a field of `KernelCalibration`, by its name
@@ -149,16 +153,17 @@ def kernel_costs(
     fill = np.where(is_gemm, wave_fill(rows, np.maximum(gemm_columns, 1.0), gpu.sm_count), 1.0)
     efficiency = parameter("compute_efficiency") * fill ** parameter("wave_exponent")
     compute = executed_flops * padding / (flops_per_s * efficiency)
+    tiling = tiles * padding * parameter("tile_seconds") / gpu.sm_count
 
     sharpness = parameter("sharpness")
     longest = np.maximum(np.maximum(compute, memory), 1e-30)
     from_compute = (compute / longest) ** sharpness
     from_memory = (memory / longest) ** sharpness
     together = longest * (from_compute + from_memory) ** (1.0 / sharpness)
-    busy = (executed_flops + hbm + activation_bytes + link_bytes) > 0
+    busy = (executed_flops + hbm + activation_bytes + link_bytes + tiles) > 0
     compute_share = from_compute / (from_compute + from_memory + 1e-300)
     fixed = np.where(busy, calls * parameter("call_seconds"), 0.0)
-    compute_seconds = np.where(busy, together * compute_share, 0.0)
+    compute_seconds = np.where(busy, together * compute_share, 0.0) + tiling
     memory_seconds = np.where(busy, together * (1.0 - compute_share), 0.0) + fixed
     active = parameter("active_watts")
     return OperatorCosts(

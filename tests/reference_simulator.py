@@ -11,7 +11,13 @@ from math import ceil
 import numpy as np
 
 from energymodel.calibrations import Calibration
-from energymodel.costs import _PIECEWISE_KERNELS, kv_blocks
+from energymodel.costs import (
+    _PIECEWISE_KERNELS,
+    _attention_rows,
+    _attention_sequences,
+    _split,
+    kv_blocks,
+)
 from energymodel.operators import operator_table, step_stats, window_tokens
 from energymodel.roofline import operator_costs, step_seconds_and_joules
 from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
@@ -83,7 +89,11 @@ def step_cost(
     )
     table = operator_table(model, serving)
     costs = operator_costs(table, stats, gpu, calibration)
-    seconds, joules = step_seconds_and_joules(costs.tables(), calibration)
+    attention = _split(table)[2]
+    per_row = _attention_rows(model, attention, np.array([padded]), gpu, calibration)
+    per_sequence = _attention_sequences(model, attention, np.array([len(work)]), gpu, calibration)
+    tables = costs.tables() + per_row.tables() + per_sequence.tables()
+    seconds, joules = step_seconds_and_joules(tables, calibration)
     stack = calibration.stacks[serving.stack]
     host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
     launches = model.num_layers * stack.launch_seconds
