@@ -88,11 +88,10 @@ def range_text(low: float, high: float) -> str:
 
 
 def _with_unit(value: float, units: _Units) -> str:
-    name, size = units[-1]
-    for name, size in units:  # noqa: B007 - the last unit stays if none is small enough
-        if abs(float(f"{value:.2e}")) >= size:
-            break
-    return f"{three_digits(value / size)} {name if value else units[-1][0]}"
+    if value == 0.0:
+        return "0 " + next((name for name, size in units if size == 1.0), units[-1][0])
+    name, size = next((u for u in units if abs(float(f"{value:.2e}")) >= u[1]), units[-1])
+    return f"{three_digits(value / size)} {name}"
 
 
 def _csv(prediction: Prediction) -> str:

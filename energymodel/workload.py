@@ -228,10 +228,9 @@ def _rounding_warnings(
             f"{requests.input_tokens.size} requests: {detail}"
         )
     warnings.append(
-        "the paper's binning rounds lengths up: tokens below are "
-        f"{rounded.input_tokens.sum():,} input and {rounded.output_tokens.sum():,} output, the "
-        f"trace's {requests.input_tokens.sum():,} and {requests.output_tokens.sum():,}; arrivals "
-        "and idle time are not counted"
+        f"the paper's binning rounds lengths up, from {requests.input_tokens.sum():,} to "
+        f"{rounded.input_tokens.sum():,} input and from {requests.output_tokens.sum():,} to "
+        f"{rounded.output_tokens.sum():,} output tokens; arrivals and idle time are not counted"
     )
     return warnings
 
