@@ -21,16 +21,18 @@ from calibration.validate import (
     by_phase,
     by_source,
     check_levels,
+    error_stats,
     group_by,
     load_levels,
     record_levels,
     to_dict,
     validate,
 )
-from calibration.validation_rows import OWN, Comparison, load_split, measured_watts
+from calibration.validation_aims import standings
+from calibration.validation_rows import OWN, Comparison, MeasuredRow, load_split, measured_watts
 from energymodel.errors import EnergyModelError
 
-PAGE, PLOT, DATA_FILE = "validation.md", "validation.png", "validation.json"
+PAGE, PLOT = "validation.md", "validation.png"
 
 _SPLITS = ((False, "held out"), (True, "open to fits"))
 
@@ -112,21 +114,22 @@ def _best_rule(group: Group) -> tuple[str, ErrorStats] | None:
 
 
 def write_report(validation: Validation, folder: Path, more: Sequence[str] = ()) -> None:
-    """Write `validation.md`, `validation.json` and `validation.png` into a folder.
+    """Write `validation.md` and `validation.png` into a folder.
 
     `more` are further parts of the page, in Markdown, put before the list of all rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plot(validation, folder / PLOT)
-    (folder / DATA_FILE).write_text(
-        json.dumps(to_dict(validation), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
     (folder / PAGE).write_text(markdown(validation, more), encoding="utf-8")
 
 
 def markdown(validation: Validation, more: Sequence[str] = ()) -> str:
     """Return the whole page."""
-    parts = [_INTRODUCTION, f"![Predicted against measured joules per output token]({PLOT})"]
+    parts = [
+        _INTRODUCTION,
+        f"![Predicted against measured joules per output token]({PLOT})",
+        _aims(validation),
+    ]
     for fitted, title in _SPLITS:
         tables = [
             _group_table(heading, group_by(validation.comparisons, key, fitted=fitted))
@@ -140,7 +143,14 @@ def markdown(validation: Validation, more: Sequence[str] = ()) -> str:
         count = sum(c.fitted == fitted for c in validation.comparisons)
         parts.append(f"## Rows {title}")
         parts += [*tables, naive] if count else ["None yet."]
-    parts += [_sources(), *more, _split_text(), _left_out(validation), _all_rows(validation)]
+    parts += [
+        _repeats(validation),
+        _sources(),
+        *more,
+        _split_text(),
+        _left_out(validation),
+        _all_rows(validation),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -223,13 +233,57 @@ def _both(stats: ErrorStats | None) -> str:
     return f"{_percent(stats, 'median_abs')} ({_percent(stats, 'median')})"
 
 
+def _aims(validation: Validation) -> str:
+    rows = []
+    for s in standings(validation):
+        span = f"{100 * s.aim.low:.0f} to " if s.aim.low else "at most "
+        verdict = {True: "met", False: "missed", None: "not measured yet"}[s.met]
+        value = "-" if s.value is None else f"{100 * s.value:.1f}"
+        aim = f"{span}{100 * s.aim.high:.0f}"
+        rows.append(
+            [s.aim.rows, s.aim.statistic.replace("|", "\\|"), str(s.rows), aim, value, verdict]
+        )
+    head = ("held-out rows", "statistic", "n", "aim %", "today %", "")
+    return "## Aims\n\n" + _markdown_table(head, rows)
+
+
+def _repeats(validation: Validation) -> str:
+    """How far apart two measurements of the same case are: no model can do better."""
+    cases: dict[tuple[str, str, str, str], list[MeasuredRow]] = {}
+    for c in validation.comparisons:
+        row = c.row
+        cases.setdefault((row.source, row.gpu, row.stack, row.name), []).append(row)
+    several = [rows for rows in cases.values() if len(rows) > 1 and rows[0].source == OWN]
+    text = "## Repeated measurements\n\n"
+    if not several:
+        return text + "No case was measured twice yet."
+    lines = []
+    for what, quantity in (
+        ("joules", lambda r: r.joules_per_output_token),
+        ("seconds", lambda r: r.seconds_per_output_token),
+    ):
+        spread = error_stats(
+            max(map(quantity, rows)) / min(map(quantity, rows)) - 1.0 for rows in several
+        )
+        assert spread is not None
+        lines.append(
+            f"- {what}: median {100 * spread.median_abs:.1f} %, p90 {100 * spread.p90_abs:.1f} %, "
+            f"max {100 * spread.max_abs:.1f} %"
+        )
+    return (
+        f"{text}{len(several)} cases were measured more than once (other card or sitting). Highest "
+        "over lowest:\n\n" + "\n".join(lines)
+    )
+
+
 def _sources() -> str:
     lines = [
         f"- **{name}**: {s.title}. {s.citation}. {s.assumption}" for name, s in SOURCES.items()
     ]
     own = (
         f"- **{OWN}**: this project's records under `calibration/data/serving`, made by "
-        "`python -m calibration.serving`."
+        "`python -m calibration.serving`: one batch offline, or a trace replayed; random weights "
+        "(vLLM's own `dummy` ones lie within 0.001 of zero), greedy decoding."
     )
     return "## Sources and what is assumed about them\n\n" + "\n".join([*lines, own])
 

@@ -34,6 +34,7 @@ from calibration.validate import (
     to_dict,
     validate,
 )
+from calibration.validation_aims import standings
 from calibration.validation_report import markdown, plot, terminal_text
 from calibration.validation_rows import (
     Comparison,
@@ -400,6 +401,25 @@ def test_committed_runs_stay_within_their_recorded_error() -> None:
     assert failures == []
 
 
+# -- aims -----------------------------------------------------------------------------
+
+
+def test_aims_count_held_out_rows_alone() -> None:
+    good, bad = a_comparison(2.02), replace(a_comparison(9.0), fitted=True)
+    replay = a_comparison(2.2, phase="trace", ttft_seconds=0.1)
+    found = {(s.aim.rows, s.aim.statistic): s for s in standings(a_validation(good, bad, replay))}
+    batches = found["own batches, vLLM with CUDA graphs", "joules, median |e|"]
+    assert (batches.rows, batches.met) == (1, True)
+    assert batches.value == pytest.approx(0.01)
+    traces = found["own trace replays", "joules, max |e|"]
+    assert (traces.rows, traces.met) == (1, False)
+    assert found["own trace replays", "TTFT p50, max |e|"].met is True
+    nothing = found["own runs, tensor parallel", "joules, median |e|"]
+    assert (nothing.value, nothing.met) == (None, None)
+    coverage = found["own runs", "measured energy in the 90 % interval"]
+    assert (coverage.value, coverage.met) == (1.0, False)  # too wide is not met either
+
+
 # -- report and command ---------------------------------------------------------------
 
 
@@ -410,6 +430,10 @@ def test_the_report_shows_every_row_and_both_splits(tmp_path: Path) -> None:
     page = markdown(validation, ["## More"])
     for text in ("## Rows held out", "## Rows open to fits", "| other (fit) |", "## More", "+20.0"):
         assert text in page
+    assert "1 cases were measured" not in page
+    twice = markdown(a_validation(a_comparison(2.1), a_comparison(2.1, measured=2.1)))
+    assert "1 cases were measured more than once" in twice
+    assert "- joules: median 5.0 %" in twice
     plot(validation, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads(json.dumps(to_dict(validation), allow_nan=False))["rows"]
@@ -425,11 +449,7 @@ def test_the_command_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert done.exit_code == 0, done.output
     assert "own, h100, vllm" in done.output
     assert "skipped: public measurements: there is no folder" in done.output
-    assert sorted(p.name for p in report.iterdir()) == [
-        "validation.json",
-        "validation.md",
-        "validation.png",
-    ]
+    assert sorted(p.name for p in report.iterdir()) == ["validation.md", "validation.png"]
     as_json = runner.invoke(app, [*arguments, "--format", "json"])
     assert len(json.loads(as_json.stdout)["rows"]) == 3
 
