@@ -21,6 +21,19 @@ from energymodel.traces import Requests
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
 
 
+_MODELLED_ARGUMENTS = {
+    *VLLM_ARGUMENTS,
+    "block_size",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "tensor_parallel_size",
+}
+"""Arguments of vLLM's `LLM` class that the prediction knows, or that change neither time nor
+energy; a run with any other (speculative decoding, ...) is left out."""
+
+
 def read_own(folder: Path) -> tuple[list[MeasuredRow], list[LeftOut]]:
     """Read the runs of every `*.jsonl` and `*.jsonl.gz` of a folder, in order of file names.
 
@@ -79,7 +92,12 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
         raise EnergyModelError("a run without the record of its engine before it")
     if not record["window"]["valid"]:
         return f"window not valid: {record['window']['invalid_reason']}"
+    asked = engine["run_plan"]["engine"]
+    if strange := sorted(set(asked) - _MODELLED_ARGUMENTS):
+        return f"engine argument that is not modelled: {', '.join(strange)}"
     case, settings = record["case"], engine["settings"]
+    if settings.get("prefix_caching"):
+        return "engine with prefix caching, which is not modelled"
     boards = engine["identity"]["gpus"]
     gpu = load_gpu(boards[0]["name"]).name
     model_name = Path(record["model"]).name.removesuffix(".json")
@@ -101,7 +119,7 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
         phase=phase,
         batch=len(requests.input_tokens),
         requests=requests,
-        options=_options(record["stack"], settings, engine["run_plan"]["engine"], requests),
+        options=_options(record["stack"], settings, asked, requests),
         joules_per_output_token=record["joules_per_repeat"] / output_tokens,
         seconds_per_output_token=record["seconds_per_repeat"] / output_tokens,
         ttft_seconds=_median(record["ttft_seconds"]),

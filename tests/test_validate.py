@@ -329,6 +329,24 @@ def test_windows_that_are_not_valid_are_left_out(
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"run_plan": {"engine": {"speculative_config": {}}}}, "speculative_config"),
+        ({"settings": {"prefix_caching": True}}, "prefix caching"),
+    ],
+)
+def test_runs_with_what_the_model_lacks_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    serving_records(path, monkeypatch)
+    edited(path, "engine", **changes)
+    rows, left = read_own(tmp_path)
+    assert rows == []
+    assert any(reason in entry.reason and entry.rows == 3 for entry in left)
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("engine", {"run": 5}, "without the record of its engine"),
