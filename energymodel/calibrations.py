@@ -19,6 +19,7 @@ from energymodel.errors import ProfileError
 from energymodel.specs import Origin
 
 SCHEMA_VERSION = 1
+_MOST = 1e30  # no unit used here comes near it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,10 @@ class StackCalibration:
     """GPU idle between two steps that nothing overlaps."""
     sequence_gap_seconds: float = 0.0
     """The same per sequence of the step."""
-    prefill_gap_seconds: float = 0.0
-    """GPU idle a step with new prompts adds (inputs prepared, attention launched eagerly)."""
+    start_gap_seconds: float = 0.0
+    """GPU idle before the first step after a pause: no step runs while it is prepared."""
     request_host_seconds: float = 0.0
-    """Host time to admit one request."""
+    """Host time to admit one request; overlaps the GPU's but in the first step after a pause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +182,8 @@ def _build(kind: Any, value: Any, where: str, at: str) -> Any:
         inner = get_args(kind)[1]
         return {k: _build(inner, v, where, f"{at}.{k}") for k, v in value.items()}
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ProfileError(f"{where}: {at} must be a number >= 0, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+            raise ProfileError(f"{where}: {at} must be a number from 0 to 1e30, not {value!r}")
         return float(value)
     if kind is int and not isinstance(value, int):
         raise ProfileError(f"{where}: {at} must be a whole number, not {value!r}")

@@ -283,7 +283,8 @@ def advance(  # type: ignore[no-untyped-def]
     while True:
         if not no_more and n - head <= max_batch:
             break
-        if decoding == 0 and partial < 0:  # nothing in flight: the schedule happens now
+        starting = decoding == 0 and partial < 0
+        if starting:  # nothing in flight: the schedule happens now
             free += late_blocks
             late_slots = late_blocks = 0
             if n_preempted == 0:
@@ -430,7 +431,7 @@ def advance(  # type: ignore[no-untyped-def]
                 full += whole
                 cut += windowed_pairs
         att = (context, near, full, cut)
-        first = step_cost(tokens, running, att, prefills, decodes, tables, host, limits)
+        first = step_cost(tokens, running, att, prefills, decodes, starting, tables, host, limits)
         last = first
         att_last = att
         # --- how many steps like this one can be taken at once
@@ -455,7 +456,7 @@ def advance(  # type: ignore[no-untyped-def]
                 k = _steps_within(free, decoding, residues, step, k)
         while k > 1:
             att_last = (context + (k - 1) * decoding, near + (k - 1) * below, 0.0, 0.0)
-            last = step_cost(tokens, running, att_last, 0, decodes, tables, host, limits)
+            last = step_cost(tokens, running, att_last, 0, decodes, False, tables, host, limits)
             throttled = first[CLOCK] < 1.0 or last[CLOCK] < 1.0
             if throttled and k > LONGEST_THROTTLED_JUMP:
                 k = LONGEST_THROTTLED_JUMP

@@ -322,7 +322,7 @@ def _host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
             stack.sequence_host_seconds,
             stack.step_gap_seconds,
             stack.sequence_gap_seconds,
-            stack.prefill_gap_seconds,
+            stack.start_gap_seconds,
             stack.request_host_seconds,
         ]
     )

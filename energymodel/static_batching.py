@@ -44,7 +44,7 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
         before = totals[PRE_J] + totals[DEC_J]
         full, cut = pairs(0.0, float(longest_input), float(window))
         att = (0.0, 0.0, full * batch, cut * batch)
-        first = step_cost(batch * longest_input, batch, att, batch, 0, tables, host, limits)
+        first = step_cost(batch * longest_input, batch, att, batch, 0, True, tables, host, limits)
         account(1, first, first, att, att, batch, 0, sums, totals)
         for r in range(start, stop):
             first_token[r] = totals[NOW]
@@ -59,8 +59,8 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
                 far = float(batch * min(context + k - 1, window)) if window > 0 else 0.0
                 att = (float(batch * context), near, 0.0, 0.0)
                 att_last = (float(batch * (context + k - 1)), far, 0.0, 0.0)
-                first = step_cost(batch, batch, att, 0, batch, tables, host, limits)
-                last = step_cost(batch, batch, att_last, 0, batch, tables, host, limits)
+                first = step_cost(batch, batch, att, 0, batch, False, tables, host, limits)
+                last = step_cost(batch, batch, att_last, 0, batch, False, tables, host, limits)
                 if k > 1 and first[HOST_BOUND] != last[HOST_BOUND]:
                     k = k // 2
                     continue

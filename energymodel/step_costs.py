@@ -80,12 +80,13 @@ def _clock(memory, compute, fixed, core, base, cap, exponent):  # type: ignore[n
 
 @njit(cache=True, nogil=True)
 def step_cost(  # type: ignore[no-untyped-def]
-    tokens, rows, att, prefills, decodes, tables, host, limits
+    tokens, rows, att, prefills, decodes, starting, tables, host, limits
 ):
     """Cost of one step.
 
     tokens, rows : tokens and rows of logits; att : the four attention statistics, a tuple;
-    prefills, decodes : sequences of each kind; tables, host, limits : of `costs.CostTables`
+    prefills, decodes : sequences of each kind; starting : nothing ran before, so that nothing
+    overlaps the preparation; tables, host, limits : of `costs.CostTables`
 
     Returns a tuple, see the names above: total s, GPU s, clock share, core-energy factor,
     decode J (attention left out), decode attention J, prefill J (attention left out), prefill
@@ -124,7 +125,7 @@ def step_cost(  # type: ignore[no-untyped-def]
         base, cap, exponent,
     )  # fmt: skip
     # host: 0 graph step, 1 piecewise step, 2 eager step, 3 per sequence, 4 gap, 5 gap per
-    # sequence, 6 gap of a step with prompts, 7 host per new prompt
+    # sequence, 6 gap of a first step, 7 host per new prompt
     host_seconds = host[3] * rows
     if not in_graph:
         host_seconds += host[2]
@@ -133,9 +134,10 @@ def step_cost(  # type: ignore[no-untyped-def]
     else:
         host_seconds += host[0]
     gap = host[4] + host[5] * rows
-    if prefills > 0:
+    if starting:
+        gap += host[6] + host[7] * prefills
+    else:
         host_seconds += host[7] * prefills
-        gap += host[6]
     total = max(gpu, host_seconds) + gap
     rest = base * (total - gpu + stretched)
     by_token = (t2 + t3 * g + base * (t0 + t1 / x) + rest) / tokens

@@ -67,6 +67,8 @@ def step_cost(
     gpu: GpuSpec,
     calibration: Calibration,
     work: list[tuple[Request, int]],
+    *,
+    starting: bool,
 ) -> tuple[float, float]:
     tokens = sum(count for _, count in work)
     decodes = [r for r, count in work if count == 1 and r.computed > 0]
@@ -102,9 +104,10 @@ def step_cost(
     elif prefills:
         host += _PIECEWISE_KERNELS * launches
     gap = stack.step_gap_seconds + stack.sequence_gap_seconds * len(work)
-    if prefills:
+    if starting:
+        gap += stack.start_gap_seconds + stack.request_host_seconds * len(prefills)
+    else:
         host += stack.request_host_seconds * len(prefills)
-        gap += stack.prefill_gap_seconds
     total = max(float(seconds[0]), host) + gap
     return total, float(joules[0]) + calibration.base_watts * (total - float(seconds[0]))
 
@@ -134,7 +137,8 @@ def simulate(
     outcome = Outcome()
     now = cutoff = 0.0
     while future or waiting or running:
-        if not running:
+        starting = not running
+        if starting:
             free += sum(r.blocks for r in late)
             late = []
             if not waiting and future[0].arrival > now:
@@ -181,7 +185,7 @@ def simulate(
         if not work:
             cutoff = now
             continue
-        seconds, joules = step_cost(model, serving, gpu, calibration, work)
+        seconds, joules = step_cost(model, serving, gpu, calibration, work, starting=starting)
         cutoff = now
         now += seconds
         outcome.joules += joules

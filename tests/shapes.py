@@ -111,7 +111,7 @@ def calibration(**changes: object) -> Calibration:
         launch_seconds=5e-6,
         kernels_per_layer=10,
         step_gap_seconds=5e-5,
-        prefill_gap_seconds=1e-4,
+        start_gap_seconds=1e-4,
         request_host_seconds=2e-5,
     )
     interval = IntervalCalibration(level=0.9, low=0.9, high=1.1, basis="made up")

@@ -227,8 +227,8 @@ def test_one_request_alone_is_prefill_and_then_one_step_a_token() -> None:
     assert result.finish_seconds[0] > result.first_token_seconds[0]
     # 40 tokens pass no captured graph (the largest is 16): the host launches kernels one by one
     eager, per_sequence = costs.host[2], costs.host[3]
-    gap, prefill_gap, per_prompt = costs.host[4], costs.host[6], costs.host[7]
-    expected = eager + per_sequence + per_prompt + gap + prefill_gap
+    gap, start_gap, per_prompt = costs.host[4], costs.host[6], costs.host[7]
+    expected = eager + per_sequence + per_prompt + gap + start_gap
     assert result.first_token_seconds[0] == pytest.approx(expected, rel=1e-9)
 
 
