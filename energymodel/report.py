@@ -37,6 +37,16 @@ _COMPONENTS = {
     "host_wait": "GPU awake, waiting for the host within and between steps",
     "idle": "no request in flight",
 }
+_BIN_COLUMNS = (
+    "input",
+    "output",
+    "requests",
+    "energy",
+    "interval",
+    "/request",
+    "flops_tdp",
+    "factor",
+)
 _LATENCIES = {
     "TTFT": "time to first token, from arrival",
     "TPOT": "time per output token after the first",
@@ -265,12 +275,21 @@ def _factor(factor: float) -> str:
 
 def _bins(p: Prediction, gap: int) -> Table:
     shown = sorted(p.bins, key=lambda b: -b.energy_joules)[:_MOST_BINS]
-    note = "tokens; naive = flops_tdp"
+    note = ""
     if len(shown) < len(p.bins):
         share = sum(b.energy_joules for b in shown) / p.energy_joules
-        note += f"; {len(shown)} largest of {len(p.bins)}, {share:.0%} of the energy, csv has all"
-    headings = ("input", "output", "requests", "energy", "interval", "/request", "naive", "factor")
-    table = _table(f"Bins ({note})", *((heading, "right") for heading in headings), gap=gap)
+        note = f" ({len(shown)} largest of {len(p.bins)}, {share:.0%} of the energy; csv has all)"
+    headings = [
+        "input",
+        "output",
+        "requests",
+        "energy",
+        "interval",
+        "/request",
+        "flops_tdp",
+        "factor",
+    ]
+    table = _table(f"Bins by tokens{note}", *((heading, "right") for heading in headings), gap=gap)
     for b in shown:
         table.add_row(
             f"{b.input_low}-{b.input_high}",
