@@ -21,6 +21,9 @@ from energymodel.traces import Requests
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
 
 
+UNSTEADY_SPREAD = 2.0
+"""Ratio of p90 to p10 of a batch's decode steps beyond which its host was disturbed."""
+
 _MODELLED_ARGUMENTS = {
     *VLLM_ARGUMENTS,
     "block_size",
@@ -103,7 +106,9 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
     model_name = Path(record["model"]).name.removesuffix(".json")
     output_tokens = record["output_tokens"]
     name = f"{model_name} {record['case_name'].removeprefix('static-').replace('-', ' ')}"
+    unsteady = False
     if case["kind"] == "static":
+        unsteady = _unsteady(record["decode_step_seconds"])
         requests = offline(name, [case["input_tokens"]] * case["batch"], case["output_tokens"])
         phase = "prefill" if case["output_tokens"] == 1 else "batch"
     else:
@@ -124,6 +129,7 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
         seconds_per_output_token=record["seconds_per_repeat"] / output_tokens,
         ttft_seconds=_median(record["ttft_seconds"]),
         tpot_seconds=_median(record["tpot_seconds"]),
+        unsteady=unsteady,
         note=f"weights: {settings.get('weights', 'unknown')}; plan {record['plan']}",
     )
 
@@ -140,6 +146,12 @@ def _trace_requests(name: str, trace: Mapping[str, Any]) -> Requests:
 
 def _median(spread: Mapping[str, float] | None) -> float | None:
     return None if spread is None else spread["p50"]
+
+
+def _unsteady(decode_steps: Mapping[str, float] | None) -> bool:
+    if decode_steps is None:
+        return False
+    return decode_steps["p90"] > UNSTEADY_SPREAD * decode_steps["p10"]
 
 
 def _options(

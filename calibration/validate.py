@@ -330,5 +330,6 @@ def _row_dict(c: Comparison) -> dict[str, Any]:
             "ttft": c.ttft_error,
             "tpot": c.tpot_error,
         },
+        "unsteady": row.unsteady,
         "note": row.note,
     }

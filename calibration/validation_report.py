@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calibration.measured_runs import UNSTEADY_SPREAD
 from calibration.physics_check import sections
 from calibration.public_runs import SOURCES
 from calibration.validate import (
@@ -254,7 +255,14 @@ def _repeats(validation: Validation) -> str:
         row = c.row
         cases.setdefault((row.source, row.gpu, row.stack, row.name), []).append(row)
     several = [rows for rows in cases.values() if len(rows) > 1 and rows[0].source == OWN]
-    text = "## Repeated measurements\n\n"
+    text = "## Repeated and unsteady measurements\n\n"
+    unsteady = [c.row.name + f" ({c.row.stack})" for c in validation.comparisons if c.row.unsteady]
+    if unsteady:
+        text += (
+            f"In {len(unsteady)} own rows the slowest tenth of the decode steps took more than "
+            f"{UNSTEADY_SPREAD:g} times as long as the fastest: the host was disturbed. They are "
+            f"kept in the tables above: {'; '.join(unsteady)}.\n\n"
+        )
     if not several:
         return text + "No case was measured twice yet."
     lines = []
@@ -330,7 +338,7 @@ def _all_rows(validation: Validation) -> str:
 def _row_cells(c: Comparison) -> list[str]:
     row = c.row
     return [
-        row.name + (" (fit)" if c.fitted else ""),
+        row.name + (" (fit)" if c.fitted else "") + (" (unsteady)" if row.unsteady else ""),
         row.gpu,
         row.stack,
         row.phase,

@@ -60,6 +60,8 @@ class MeasuredRow:
     tpot_seconds: float | None = None
     mean_batch: float | None = None
     """Sequences in flight on average; None = not published."""
+    unsteady: bool = False
+    """The same step took very different times: something disturbed the host."""
     note: str = ""
 
     @property

@@ -281,6 +281,19 @@ def test_serving_records_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert compare(row, split).fitted is (row.phase != "trace")
 
 
+def test_rows_of_a_disturbed_host_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    serving_records(path, monkeypatch)
+    rows, _ = read_own(tmp_path)
+    assert not any(r.unsteady for r in rows)
+    edited(path, "run", decode_step_seconds={"p10": 0.02, "p50": 0.08, "p90": 0.09})
+    rows, _ = read_own(tmp_path)
+    assert [r.unsteady for r in rows] == [True, True, False]  # a trace's steps differ anyway
+    assert "(unsteady)" in markdown(a_validation(replace(a_comparison(2.0), row=rows[0])))
+
+
 def test_static_batches_take_their_own_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
