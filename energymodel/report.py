@@ -25,6 +25,7 @@ _Units = tuple[tuple[str, float], ...]  # name and size, largest first
 _JOULES: _Units = (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3), ("µJ", 1e-6))
 _WATT_HOURS: _Units = (("MWh", 3.6e9), ("kWh", 3.6e6), ("Wh", 3.6e3), ("mWh", 3.6))
 _GRAMS: _Units = (("t", 1e6), ("kg", 1e3), ("g", 1.0), ("mg", 1e-3))
+_COUNTS: _Units = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 _SECONDS: _Units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 _MINUTES_FROM, _HOURS_FROM = 120.0, 7200.0  # seconds: smaller ones read better in the smaller unit
 
@@ -41,10 +42,11 @@ _BIN_COLUMNS = (
     "input",
     "output",
     "requests",
+    "tokens",
     "energy",
     "interval",
     "/request",
-    "flops_tdp",
+    "naive",
     "factor",
 )
 _LATENCIES = {
@@ -64,7 +66,7 @@ def render(prediction: Prediction, form: str, *, color: bool = False) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits, never in scientific notation: `65.0`, `1,240`, `0.0123`."""
+    """Three significant digits, scientific only if tiny: `65.0`, `1,240`, `0.0123`."""
     if value == 0.0:
         return "0"
     rounded = float(f"{value:.2e}")
@@ -275,10 +277,10 @@ def _factor(factor: float) -> str:
 
 def _bins(p: Prediction, gap: int) -> Table:
     shown = sorted(p.bins, key=lambda b: -b.energy_joules)[:_MOST_BINS]
-    note = ""
+    note = "naive: flops_tdp"
     if len(shown) < len(p.bins):
         share = sum(b.energy_joules for b in shown) / p.energy_joules
-        note = f" ({len(shown)} largest of {len(p.bins)}, {share:.0%} of the energy; csv has all)"
+        note += f"; {len(shown)} largest of {len(p.bins)}, {share:.0%} of the energy; csv has all"
     headings = [
         "input",
         "output",
@@ -289,16 +291,26 @@ def _bins(p: Prediction, gap: int) -> Table:
         "flops_tdp",
         "factor",
     ]
-    table = _table(f"Bins by tokens{note}", *((heading, "right") for heading in headings), gap=gap)
+    table = _table(f"Bins ({note})", *((heading, "right") for heading in headings), gap=gap)
+    for column in table.columns[:2]:
+        column.no_wrap, column.overflow = False, "fold"  # long bounds are broken, not cut
     for b in shown:
         table.add_row(
             f"{b.input_low}-{b.input_high}",
             f"{b.output_low}-{b.output_high}",
             f"{b.requests:,}",
+            _with_unit(b.input_tokens + b.output_tokens, _COUNTS).replace(" ", ""),
             joules_text(b.energy_joules),
-            range_text(b.energy_joules_low, b.energy_joules_high),
+            _interval(b),
             joules_text(b.joules_per_request),
             joules_text(b.naive_flops_tdp_joules),
             _factor(b.underestimate_factor),
         )
     return table
+
+
+def _interval(b: BinEnergy) -> str:
+    """Low and high in the unit in which the energy is shown."""
+    unit = joules_text(b.energy_joules).rpartition(" ")[2]
+    size = dict(_JOULES)[unit]
+    return f"{three_digits(b.energy_joules_low / size)}-{three_digits(b.energy_joules_high / size)}"
