@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +10,7 @@ from typing import Annotated
 import typer
 
 from energymodel import __version__
-from energymodel.errors import EnergyModelError
+from energymodel.terminal import check_writable, print_text, user_errors, write_text
 
 app = typer.Typer(
     name="energymodel",
@@ -34,35 +30,6 @@ class OutputFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
     table = "table"
     json = "json"
     csv = "csv"
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Print an error's message on stderr and exit with code 2."""
-    try:
-        yield
-    except EnergyModelError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except MemoryError as error:
-        typer.echo("error: out of memory; give a smaller trace, or lower the limits", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-
-
-def _print(text: str) -> None:
-    """Write to stdout; a reader that has gone (`| head`) is no error."""
-    try:
-        typer.echo(text)
-    except BrokenPipeError:
-        # what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise EnergyModelError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def _version(value: bool) -> None:
@@ -135,8 +102,8 @@ def predict(
 
     `energymodel known` lists GPUs, models, workloads and grids.
     """
-    with _user_errors():
-        _check_writable(output)
+    with user_errors():
+        check_writable(output)
         from energymodel.report import render  # noqa: PLC0415
         from energymodel.workload import predict as run  # noqa: PLC0415
 
@@ -165,7 +132,9 @@ def predict(
         if format is not OutputFormat.table or output is not None:  # a table shows its warnings
             for warning in result.warnings:
                 typer.echo(f"warning: {warning}", err=True)
-        _write(render(result, format.value, color=output is None and sys.stdout.isatty()), output)
+        write_text(
+            render(result, format.value, color=output is None and sys.stdout.isatty()), output
+        )
 
 
 @trace_app.command("describe")
@@ -185,23 +154,23 @@ def trace_describe(
     seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
 ) -> None:
     """Show a trace's statistics, bins and histograms."""
-    with _user_errors():
-        _check_writable(output)
+    with user_errors():
+        check_writable(output)
         from energymodel.trace_cli import render_description  # noqa: PLC0415
         from energymodel.workloads import load_requests  # noqa: PLC0415
 
         requests = load_requests(file, trace_format=trace_format, strict=strict, seed=seed)
         color = output is None and sys.stdout.isatty()
-        _write(render_description(requests, format.value, color=color), output)
+        write_text(render_description(requests, format.value, color=color), output)
 
 
 @app.command()
 def known() -> None:
     """List the GPUs, models, stacks, workloads and grids known by name."""
-    with _user_errors():
+    with user_errors():
         from energymodel.known import render_known  # noqa: PLC0415
 
-        _print(render_known(color=sys.stdout.isatty()))
+        print_text(render_known(color=sys.stdout.isatty()))
 
 
 @app.command()
@@ -224,7 +193,7 @@ def validate(
     format: Annotated[OutputFormat, typer.Option(help="table or json.")] = OutputFormat.table,
 ) -> None:
     """Compare predictions with measurements, and say how wrong they are."""
-    with _user_errors():
+    with user_errors():
         from calibration.validation_report import run  # noqa: PLC0415
 
         as_json = format is OutputFormat.json
@@ -243,55 +212,6 @@ def validate(
             typer.echo(f"worse than recorded: {failure}", err=True)
         if failures:
             raise typer.Exit(1)
-
-
-def _check_writable(output: Path | None) -> None:
-    """Fail before the work, not after it."""
-    if output is None:
-        return
-    try:
-        if output.is_dir():
-            raise EnergyModelError(f"--output {output} is a folder; name a file")
-        target = output.resolve()
-        folder_exists = target.parent.is_dir()
-        writable = os.access(target if target.exists() else target.parent, os.W_OK)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, null byte
-        raise EnergyModelError(f"--output {str(output)!r} is no usable path: {error}") from error
-    if not folder_exists:
-        raise EnergyModelError(f"--output {output}: the folder {target.parent} does not exist")
-    if not writable:
-        raise EnergyModelError(f"--output {output} cannot be written; choose another place")
-
-
-def _write(text: str, output: Path | None) -> None:
-    """Print, or write whole: a file appears complete or not at all."""
-    if output is None:
-        _print(text)
-        return
-    target = output.resolve()  # a link stays a link
-    data = (text + "\n").encode("utf-8", errors="replace")
-    try:
-        if target.exists() and not target.is_file():  # a pipe or a device
-            target.write_bytes(data)
-        else:
-            _replace(target, data)
-    except OSError as error:
-        raise EnergyModelError(f"--output {output} cannot be written: {error.strerror}") from error
-
-
-def _replace(target: Path, data: bytes) -> None:
-    """Put a complete file in the place of `target`, its mode kept."""
-    part = target.with_name(f".energymodel-{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            part.chmod(target.stat().st_mode & 0o7777)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main() -> None:

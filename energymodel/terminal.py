@@ -1,0 +1,96 @@
+"""What every command does at its edges: errors of the user, and results printed or written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from energymodel.errors import EnergyModelError
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print an error's message on stderr and exit with code 2."""
+    try:
+        yield
+    except EnergyModelError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except MemoryError as error:
+        typer.echo("error: out of memory; give a smaller trace, or lower the limits", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def print_text(text: str) -> None:
+    """Write to stdout; a reader that has gone (`| head`) is no error."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise EnergyModelError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def check_writable(output: Path | None) -> None:
+    """Fail before the work, not after it."""
+    if output is None:
+        return
+    try:
+        if output.is_dir():
+            raise EnergyModelError(f"--output {output} is a folder; name a file")
+        target = output.resolve()
+        folder_exists = target.parent.is_dir()
+        writable = os.access(target if target.exists() else target.parent, os.W_OK)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, null byte
+        raise EnergyModelError(f"--output {str(output)!r} is no usable path: {error}") from error
+    if not folder_exists:
+        raise EnergyModelError(f"--output {output}: the folder {target.parent} does not exist")
+    if not writable:
+        raise EnergyModelError(f"--output {output} cannot be written; choose another place")
+
+
+def write_text(text: str, output: Path | None) -> None:
+    """Print, or write whole: a file appears complete or not at all."""
+    if output is None:
+        print_text(text)
+        return
+    write_bytes((text + "\n").encode("utf-8", errors="replace"), output)
+
+
+def write_bytes(data: bytes, output: Path) -> None:
+    """Write whole: a file appears complete or not at all."""
+    target = output.resolve()  # a link stays a link
+    try:
+        if target.exists() and not target.is_file():  # a pipe or a device
+            target.write_bytes(data)
+        else:
+            _replace(target, data)
+    except OSError as error:
+        raise EnergyModelError(f"--output {output} cannot be written: {error.strerror}") from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Put a complete file in the place of `target`, its mode kept."""
+    part = target.with_name(f".energymodel-{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            part.chmod(target.stat().st_mode & 0o7777)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
