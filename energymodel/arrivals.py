@@ -53,7 +53,7 @@ def with_arrivals(requests: Requests, arrivals: str, seed: int) -> Requests:
     return replace(requests, arrival_seconds=np.cumsum(gaps) - gaps[0])
 
 
-def checked(requests: Requests) -> Requests:
+def checked_requests(requests: Requests) -> Requests:
     """Requests built by a program, sorted by arrival and counted from the first one.
 
     Raises

@@ -110,6 +110,23 @@ def deploy(
     )
 
 
+def setup_warnings(deployment: Deployment) -> list[str]:
+    """What is unusual about a deployment, one line each."""
+    warnings = []
+    model, gpu, calibration = deployment.model, deployment.gpu, deployment.calibration
+    if deployment.max_model_len > model.max_model_len:
+        warnings.append(
+            f"--max-model-len {deployment.max_model_len} exceeds the {model.max_model_len} tokens "
+            f"{model.name} allows"
+        )
+    if calibration.gpu != gpu.name:
+        warnings.append(
+            f"the calibration is of {calibration.gpu}, not of {gpu.name}: energy and time are as "
+            "if this GPU used its peaks as that one does, and drew that one's power"
+        )
+    return warnings
+
+
 def _calibration(gpu: GpuSpec, given: str | Calibration | None) -> Calibration:
     """The parameters given, or the GPU's own."""
     if isinstance(given, Calibration):

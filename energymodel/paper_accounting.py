@@ -18,7 +18,7 @@ from energymodel.simulator import Simulation, simulate
 from energymodel.traces import Requests
 
 
-def check_options(*, replicas: int | str, arrivals: str) -> None:
+def check_paper_options(*, replicas: int | str, arrivals: str) -> None:
     """Refuse options that the accounting has no use for.
 
     Raises
@@ -38,7 +38,7 @@ def check_options(*, replicas: int | str, arrivals: str) -> None:
         )
 
 
-def round_up(requests: Requests) -> tuple[Requests, dict[str, int]]:
+def round_up_lengths(requests: Requests) -> tuple[Requests, dict[str, int]]:
     """Requests with lengths rounded up to the paper's bins, all at time 0; those left out counted.
 
     Raises
@@ -61,6 +61,23 @@ def round_up(requests: Requests) -> tuple[Requests, dict[str, int]]:
         output_tokens=outputs[~left_out],
     )
     return kept, excluded
+
+
+def rounding_warnings(requests: Requests, rounded: Requests, excluded: dict[str, int]) -> list[str]:
+    """What the rounding left out and changed, one line each."""
+    warnings = []
+    if excluded:
+        detail = ", ".join(f"{count} {kind}" for kind, count in excluded.items())
+        warnings.append(
+            f"the paper's binning leaves out {sum(excluded.values())} of "
+            f"{requests.input_tokens.size} requests: {detail}"
+        )
+    warnings.append(
+        f"the paper's binning rounds lengths up, from {requests.input_tokens.sum():,} to "
+        f"{rounded.input_tokens.sum():,} input and from {requests.output_tokens.sum():,} to "
+        f"{rounded.output_tokens.sum():,} output tokens; arrivals and idle time are not counted"
+    )
+    return warnings
 
 
 def serve_in_batches(requests: Requests, deployment: Deployment) -> Served:

@@ -281,17 +281,7 @@ def _bins(p: Prediction, gap: int) -> Table:
     if len(shown) < len(p.bins):
         share = sum(b.energy_joules for b in shown) / p.energy_joules
         note += f"; {len(shown)} largest of {len(p.bins)}, {share:.0%} of the energy; csv has all"
-    headings = [
-        "input",
-        "output",
-        "requests",
-        "energy",
-        "interval",
-        "/request",
-        "flops_tdp",
-        "factor",
-    ]
-    table = _table(f"Bins ({note})", *((heading, "right") for heading in headings), gap=gap)
+    table = _table(f"Bins ({note})", *((name, "right") for name in _BIN_COLUMNS), gap=gap)
     for column in table.columns[:2]:
         column.no_wrap, column.overflow = False, "fold"  # long bounds are broken, not cut
     for b in shown:

@@ -12,13 +12,18 @@ from __future__ import annotations
 import numpy as np
 
 from energymodel.accounting import Served
-from energymodel.arrivals import checked, with_arrivals
+from energymodel.arrivals import checked_requests, with_arrivals
 from energymodel.assemble import assemble
 from energymodel.calibrations import Calibration
-from energymodel.deployment import Deployment, deploy
+from energymodel.deployment import Deployment, deploy, setup_warnings
 from energymodel.errors import CapacityError, ConfigurationError, TraceError, unknown_name
 from energymodel.grids import load_grid_intensity
-from energymodel.paper_accounting import check_options, round_up, serve_in_batches
+from energymodel.paper_accounting import (
+    check_paper_options,
+    round_up_lengths,
+    rounding_warnings,
+    serve_in_batches,
+)
 from energymodel.replicas import bearable_seconds, serve_on_replicas
 from energymodel.results import Prediction
 from energymodel.specs import GpuSpec, ModelSpec
@@ -132,15 +137,15 @@ def predict(
     if isinstance(trace, str):
         requests = load_requests(trace, trace_format=trace_format, strict=strict, seed=seed)
     else:
-        requests = checked(trace)
+        requests = checked_requests(trace)
     warnings = [explain_dropped(rows) for rows in requests.dropped]
-    warnings += _setup_warnings(deployment)
+    warnings += setup_warnings(deployment)
 
     excluded: dict[str, int] = {}
     if binning == "paper":
-        check_options(replicas=replicas, arrivals=arrivals)
-        rounded, excluded = round_up(requests)
-        warnings += _rounding_warnings(requests, rounded, excluded)
+        check_paper_options(replicas=replicas, arrivals=arrivals)
+        rounded, excluded = round_up_lengths(requests)
+        warnings += rounding_warnings(requests, rounded, excluded)
         _check_lengths(rounded, deployment)
         served, replicas_used = serve_in_batches(rounded, deployment), 1
         requests, arrivals = rounded, "offline"
@@ -199,40 +204,6 @@ def _check_lengths(requests: Requests, deployment: Deployment) -> None:
             f"{deployment.gpus_per_replica} x {deployment.gpu.title} ({longest}); raise "
             "--tensor-parallel, or use --kv-dtype fp8 or a smaller --dtype"
         )
-
-
-def _setup_warnings(deployment: Deployment) -> list[str]:
-    warnings = []
-    model, gpu, calibration = deployment.model, deployment.gpu, deployment.calibration
-    if deployment.max_model_len > model.max_model_len:
-        warnings.append(
-            f"--max-model-len {deployment.max_model_len} exceeds the {model.max_model_len} tokens "
-            f"{model.name} allows"
-        )
-    if calibration.gpu != gpu.name:
-        warnings.append(
-            f"the calibration is of {calibration.gpu}, not of {gpu.name}: energy and time are as "
-            "if this GPU used its peaks as that one does, and drew that one's power"
-        )
-    return warnings
-
-
-def _rounding_warnings(
-    requests: Requests, rounded: Requests, excluded: dict[str, int]
-) -> list[str]:
-    warnings = []
-    if excluded:
-        detail = ", ".join(f"{count} {kind}" for kind, count in excluded.items())
-        warnings.append(
-            f"the paper's binning leaves out {sum(excluded.values())} of "
-            f"{requests.input_tokens.size} requests: {detail}"
-        )
-    warnings.append(
-        f"the paper's binning rounds lengths up, from {requests.input_tokens.sum():,} to "
-        f"{rounded.input_tokens.sum():,} input and from {requests.output_tokens.sum():,} to "
-        f"{rounded.output_tokens.sum():,} output tokens; arrivals and idle time are not counted"
-    )
-    return warnings
 
 
 def _load_warnings(served: Served, requests: Requests) -> list[str]:

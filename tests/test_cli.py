@@ -101,6 +101,19 @@ def test_the_table_says_what_it_rests_on_and_defines_its_terms(trace: Path) -> N
         "513-1024",
     ):
         assert part in text, part
+    heading, *bins = text[text.index("Bins (") :].splitlines()[1:]
+    assert heading.split() == [
+        "input",
+        "output",
+        "requests",
+        "tokens",
+        "energy",
+        "interval",
+        "/request",
+        "naive",
+        "factor",
+    ]
+    assert [len(line.split()) for line in bins] == [12] * 3, "three cells hold a number and a unit"
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "120", "400"])
