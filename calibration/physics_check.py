@@ -17,6 +17,7 @@ from calibration.public_runs import ENERGAIZER, SPLITWISE, V3, V3_INPUT_TOKENS
 from calibration.validate import Validation, error_stats
 from calibration.validation_rows import (
     OUTPUT_GAMMA_SHAPE,
+    OWN,
     Comparison,
     MeasuredRow,
     compare,
@@ -68,7 +69,12 @@ class Check:
 
 def physics_checks(validation: Validation, public: Path) -> list[Check]:
     """All checks; those whose public figures are not there come without them."""
-    return [*_decode(validation, public), *_prefill(validation, public), *_moe(), *_parallel()]
+    return [
+        *_decode(validation, public),
+        *_prefill(validation, public),
+        *_moe(validation),
+        *_parallel(validation),
+    ]
 
 
 def _decode(validation: Validation, public: Path) -> Iterator[Check]:
@@ -100,6 +106,7 @@ def _decode(validation: Validation, public: Path) -> Iterator[Check]:
         )
         yield Check(case=case, quantity="W", predicted=joules / tpot, public=None, source="")
         yield Check(case=case, quantity="J per token", predicted=joules, public=None, source="")
+    yield from _row_checks(validation, OWN, "llama-3.1-8b i128 o128 b1", "batch 1")
     yield from _row_checks(validation, V3, "llama-3.1-8b tp1 b8", "saturated at batch 8")
     yield from _row_checks(validation, SPLITWISE, "llama-2-70b tp2 i512 o128 b1", "batch 1", "a100")
 
@@ -127,10 +134,11 @@ def _prefill(validation: Validation, public: Path) -> Iterator[Check]:
             source="",
         )
         yield Check(case=case, quantity="J", predicted=p.active_joules, public=None, source="")
+    yield from _row_checks(validation, OWN, "llama-3.1-8b i2048 o1 b8", "prefill of 8 x 2048")
     yield from _row_checks(validation, ENERGAIZER, "opt-1.3b i128 b16", "prefill of 16 x 128")
 
 
-def _moe() -> Iterator[Check]:
+def _moe(validation: Validation) -> Iterator[Check]:
     requests = offline("batch of 8", [128] * 8, 64)
     moe, dense = (predict(requests, gpu="a100", model=name) for name in ("olmoe-1b-7b", "olmo-1b"))
     yield Check(
@@ -140,9 +148,12 @@ def _moe() -> Iterator[Check]:
         public=MOE_ENERGY_RATIO,
         source=f"{PAPER}: 'up to', A6000 to A100 PCIe, batch not stated",
     )
+    yield from _ratio_checks(
+        validation, OWN, "olmoe-1b-7b i128 o128 b8", "olmo-1b i128 o128 b8", "h100"
+    )
 
 
-def _parallel() -> Iterator[Check]:
+def _parallel(validation: Validation) -> Iterator[Check]:
     requests = offline("one request", [512], 64)
 
     def on(gpus: int) -> Prediction:
@@ -163,16 +174,55 @@ def _parallel() -> Iterator[Check]:
                 public=figure,
                 source=f"{PAPER}: single batch, GPU, lengths and link not stated",
             )
+    for batch in (8, 32):
+        names = (f"qwen3-32b tp2 b{batch}", f"qwen3-32b tp1 b{batch}")
+        yield from _ratio_checks(validation, V3, *names, "h100")
+
+
+def _found(validation: Validation, source: str, name: str, gpu: str) -> list[Comparison]:
+    """Comparisons of a row on vLLM with CUDA graphs, or on the only stack its source has."""
+    return [
+        c
+        for c in validation.comparisons
+        if (c.row.source, c.row.name, c.row.gpu) == (source, name, gpu)
+        and (source != OWN or c.row.stack == "vllm")
+    ]
+
+
+def _ratio_checks(
+    validation: Validation, source: str, name: str, against: str, gpu: str
+) -> Iterator[Check]:
+    """Ratios of time and energy per output token of two rows that were compared anyway."""
+    pairs = zip(
+        _found(validation, source, name, gpu)[:1],
+        _found(validation, source, against, gpu)[:1],
+        strict=False,  # nothing to say where one of them is missing
+    )
+    for a, b in pairs:
+        case = f"{name} against {against}, {gpu}"
+        yield Check(
+            case=case,
+            quantity="ratio of seconds",
+            predicted=a.seconds_per_output_token / b.seconds_per_output_token,
+            public=a.row.seconds_per_output_token / b.row.seconds_per_output_token,
+            source=source,
+        )
+        joules = a.row.joules_per_output_token, b.row.joules_per_output_token
+        yield Check(
+            case=case,
+            quantity="ratio of joules",
+            predicted=a.joules_per_output_token / b.joules_per_output_token,
+            public=joules[0] / joules[1] if joules[0] and joules[1] else None,
+            source=source,
+        )
 
 
 def _row_checks(
     validation: Validation, source: str, name: str, what: str, gpu: str = "h100"
 ) -> Iterator[Check]:
     """Time, power and energy of a row that was compared anyway."""
-    for c in validation.comparisons:
+    for c in _found(validation, source, name, gpu):
         row = c.row
-        if (row.source, row.name, row.gpu) != (source, name, gpu):
-            continue
         case = f"{row.model_name} on {row.tensor_parallel} {gpu}, {what}"
         joules = row.joules_per_output_token
         for quantity, predicted, measured in (
@@ -185,7 +235,11 @@ def _row_checks(
             ("J per output token", c.joules_per_output_token, joules),
         ):
             yield Check(
-                case=case, quantity=quantity, predicted=predicted, public=measured, source=source
+                case=case,
+                quantity=quantity,
+                predicted=predicted,
+                public=measured,
+                source=source + (", open to fits" if c.fitted else ""),
             )
 
 
@@ -342,7 +396,7 @@ def _physics_section(checks: Sequence[Check]) -> str:
         f"answered: {origins}. A sum of kernels is a figure of other people's only as long as the "
         "calibration was not fitted to the same kernels.",
         "",
-        "| case | quantity | predicted | public | error % | the public figure |",
+        "| case | quantity | predicted | measured | error % | by whom |",
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for c in checks:

@@ -589,6 +589,19 @@ def test_physics_checks_stand_without_public_figures(tmp_path: Path) -> None:
     assert all(0.25 < c.predicted < 1.0 for c in ratios)
 
 
+def test_ratios_of_measured_rows_need_both(tmp_path: Path) -> None:
+    moe = a_comparison(4.2, measured=4.0, name="olmoe-1b-7b i128 o128 b8")
+    dense = a_comparison(2.0, measured=1.0, name="olmo-1b i128 o128 b8")
+    case = "olmoe-1b-7b i128 o128 b8 against olmo-1b i128 o128 b8, h100"
+    (check,) = (
+        c
+        for c in physics_checks(a_validation(moe, dense), tmp_path)
+        if (c.case, c.quantity) == (case, "ratio of joules")
+    )
+    assert (check.predicted, check.public) == (pytest.approx(2.1), pytest.approx(4.0))
+    assert not any(c.case == case for c in physics_checks(a_validation(moe), tmp_path))
+
+
 def test_a_folder_without_the_public_files_names_the_first(tmp_path: Path) -> None:
     with pytest.raises(EnergyModelError, match=r"v3_h100_llama31_chat\.csv: cannot be read"):
         read_public(tmp_path)
