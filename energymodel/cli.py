@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from energymodel import __version__
-from energymodel.terminal import check_writable, print_text, user_errors, write_text
+from energymodel.sweep_cli import whatif
+from energymodel.terminal import check_writable, in_color, print_text, user_errors, write_text
 
 app = typer.Typer(
     name="energymodel",
@@ -132,9 +133,7 @@ def predict(
         if format is not OutputFormat.table or output is not None:  # a table shows its warnings
             for warning in result.warnings:
                 typer.echo(f"warning: {warning}", err=True)
-        write_text(
-            render(result, format.value, color=output is None and sys.stdout.isatty()), output
-        )
+        write_text(render(result, format.value, color=in_color(output)), output)
 
 
 @trace_app.command("describe")
@@ -160,8 +159,11 @@ def trace_describe(
         from energymodel.workloads import load_requests  # noqa: PLC0415
 
         requests = load_requests(file, trace_format=trace_format, strict=strict, seed=seed)
-        color = output is None and sys.stdout.isatty()
+        color = in_color(output)
         write_text(render_description(requests, format.value, color=color), output)
+
+
+app.command()(whatif)
 
 
 @app.command()
@@ -170,7 +172,7 @@ def known() -> None:
     with user_errors():
         from energymodel.known import render_known  # noqa: PLC0415
 
-        print_text(render_known(color=sys.stdout.isatty()))
+        print_text(render_known(color=in_color()))
 
 
 @app.command()
@@ -197,7 +199,7 @@ def validate(
         from calibration.validation_report import run  # noqa: PLC0415
 
         as_json = format is OutputFormat.json
-        color = sys.stdout.isatty()
+        color = in_color()
         text, failures = run(
             public=public,
             own=own,

@@ -30,8 +30,15 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def in_color(output: Path | None = None) -> bool:
+    """Whether a result goes to a terminal."""
+    return output is None and sys.stdout is not None and sys.stdout.isatty()
+
+
 def print_text(text: str) -> None:
     """Write to stdout; a reader that has gone (`| head`) is no error."""
+    if sys.stdout is None:
+        raise EnergyModelError("standard output is closed; use --output FILE")
     try:
         typer.echo(text)
     except BrokenPipeError:
@@ -50,9 +57,9 @@ def check_writable(output: Path | None) -> None:
     try:
         if output.is_dir():
             raise EnergyModelError(f"--output {output} is a folder; name a file")
-        target = output.resolve()
+        target = _target(output)
         folder_exists = target.parent.is_dir()
-        writable = os.access(target if target.exists() else target.parent, os.W_OK)
+        writable = os.access(target.parent if _is_replaced(target) else target, os.W_OK)
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, null byte
         raise EnergyModelError(f"--output {str(output)!r} is no usable path: {error}") from error
     if not folder_exists:
@@ -71,14 +78,26 @@ def write_text(text: str, output: Path | None) -> None:
 
 def write_bytes(data: bytes, output: Path) -> None:
     """Write whole: a file appears complete or not at all."""
-    target = output.resolve()  # a link stays a link
     try:
-        if target.exists() and not target.is_file():  # a pipe or a device
-            target.write_bytes(data)
-        else:
+        target = _target(output)
+        if _is_replaced(target):
             _replace(target, data)
+        else:
+            target.write_bytes(data)
+    except BrokenPipeError:
+        return  # the reader of the pipe has gone
     except OSError as error:
         raise EnergyModelError(f"--output {output} cannot be written: {error.strerror}") from error
+
+
+def _target(output: Path) -> Path:
+    """The file behind links, so that a link stays one; a pipe or a device (`/dev/stdout`) as is."""
+    return output if output.exists() and not output.is_file() else output.resolve()
+
+
+def _is_replaced(target: Path) -> bool:
+    """Whether a new file takes the place of `target`; a pipe or a device is written into."""
+    return target.is_file() or not target.exists()
 
 
 def _replace(target: Path, data: bytes) -> None:

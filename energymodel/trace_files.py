@@ -62,7 +62,9 @@ def open_source(path: str, check_head: Callable[[bytes], object]) -> Path | byte
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise TraceError(f"{path}: is {kind}; give a trace file, or - for stdin")
-        with Path(path).open("rb"):
+        with Path(path).open("rb") as file:
+            if not path.isascii() and not _is_unicode(path):
+                return _read_stream(file, path, check_head)  # polars takes no such name
             return Path(path)
     except FileNotFoundError as error:
         raise TraceError(f"{path}: no such file; check the path given as the trace") from error
@@ -139,6 +141,14 @@ def _first_bytes(source: Path | bytes) -> bytes:
         return source[:4]
     with source.open("rb") as file:
         return file.read(4)
+
+
+def _is_unicode(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_up_to(file: IO[bytes], size: int) -> bytes:

@@ -506,6 +506,37 @@ def test_a_failed_write_leaves_the_file_as_it_was(trace: Path, tmp_path: Path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json", "small.csv"]
 
 
+def test_output_to_what_stdout_is(trace: Path, tmp_path: Path) -> None:
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")  # as /dev/stdout is, which no test should risk
+    process = start(
+        "predict", "--trace", trace, "--gpu", "a100", "--format", "json", "--output", link
+    )
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stderr) == (0, b"")
+    assert json.loads(stdout)["requests"] == 3
+    assert link.is_symlink()
+
+
+def test_a_closed_stdout_is_said(trace: Path) -> None:
+    command = " ".join([*COMMAND, "predict", "--trace", str(trace), "--gpu", "a100", ">&-"])
+    process = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == b"error: standard output is closed; use --output FILE\n"
+
+
+def test_a_trace_whose_name_is_no_unicode(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff\xfe.csv"
+    Path(os.fsdecode(path)).write_text(TRACE)
+    for form in ("table", "json"):
+        process = subprocess.run(
+            [*COMMAND, "predict", "--trace", path, "--gpu", "a100", "--format", form],
+            capture_output=True,
+            check=False,
+        )
+        assert (process.returncode, process.stderr) == (0, b"")
+
+
 def test_a_full_disk_behind_stdout(trace: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         process = subprocess.run(
