@@ -6,32 +6,26 @@ others timed one by one (`kernel_seconds`), and the datasheet gives a floor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.public_runs import ENERGAIZER, SPLITWISE, V3, V3_INPUT_TOKENS
-from calibration.validate import Validation, error_stats
+from calibration.public_runs import ENERGAIZER, SPLITWISE, V3
+from calibration.validate import Validation
 from calibration.validation_rows import (
-    OUTPUT_GAMMA_SHAPE,
     OWN,
     Comparison,
-    MeasuredRow,
-    compare,
-    load_split,
     offline,
-    steady_state,
 )
 from energymodel.calibrations import load_calibration
-from energymodel.costs import kv_blocks
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
 from energymodel.models import active_weight_count, load_model
 from energymodel.results import Prediction
-from energymodel.specs import AttentionSpec, MlpSpec, ModelSpec, ServingConfig
+from energymodel.specs import AttentionSpec, MlpSpec, ModelSpec
 from energymodel.workload import predict
 
 if TYPE_CHECKING:
@@ -40,11 +34,6 @@ if TYPE_CHECKING:
 MODEL = "llama-3.1-8b"
 DECODE_INPUT, DECODE_OUTPUT = 128, 256
 PREFILL_TOKENS = 2048
-SENSITIVITY_INPUT_TOKENS = (V3_INPUT_TOKENS / 2, V3_INPUT_TOKENS * 2)
-FULL_CACHE_SHARE = 0.97
-"""A server whose batch stays below this share of its limit waits for KV blocks."""
-LEAST_CACHE_SEQUENCES = 100
-"""With fewer sequences in the cache, the memory that the engine keeps free decides, not they."""
 
 PAPER = "Fernandez et al., ACL 2025 (arXiv 2504.17674), section 5"
 MOE_ENERGY_RATIO = 1.5424  # "up to 54.24 % more"
@@ -319,72 +308,11 @@ def _attention_milliseconds(
     return float(np.interp(context, at[side].to_numpy(), at["latency"].to_numpy()))
 
 
-# -- how far the assumption on prompt lengths reaches ---------------------------------
-
-
-def input_sensitivity(validation: Validation) -> dict[float, list[Comparison]]:
-    """Rows of ML.ENERGY v3 predicted again with other mean prompts; keys are the means."""
-    split = load_split()
-    rows = [c.row for c in validation.comparisons if c.row.source == V3]
-    found: dict[float, list[Comparison]] = {}
-    for mean in SENSITIVITY_INPUT_TOKENS:
-        found[mean] = []
-        for row in rows:
-            whole, ramp = steady_state(
-                row.name,
-                batch=row.batch,
-                mean_input_tokens=mean,
-                mean_output_tokens=_mean_output_tokens(row),
-            )
-            found[mean].append(compare(replace(row, requests=whole, ramp=ramp), split))
-    return found
-
-
-def implied_input_tokens(validation: Validation) -> list[tuple[Comparison, float]]:
-    """Mean prompts that ML.ENERGY v3's published average batches imply.
-
-    Where the batch stays below `max_num_seqs` the KV cache is full: its tokens / the average
-    batch is the mean context, input + output * (1 + CV**2) / 2 with the CV of the outputs that
-    `steady_state` draws. Neither energy nor time enters.
-    """
-    found = []
-    for c in validation.comparisons:
-        row = c.row
-        if row.source != V3 or row.mean_batch is None or row.ramp is None:
-            continue
-        if row.mean_batch > FULL_CACHE_SHARE * row.batch or row.mean_batch < LEAST_CACHE_SEQUENCES:
-            continue
-        serving = ServingConfig(tensor_parallel=row.tensor_parallel, max_batch=row.batch)
-        model = row.model if isinstance(row.model, ModelSpec) else load_model(row.model)
-        cache = kv_blocks(model, serving, load_gpu(row.gpu)) * serving.block_tokens
-        outputs = _mean_output_tokens(row)
-        context = cache / row.mean_batch
-        found.append((c, context - outputs * (1.0 + 1.0 / OUTPUT_GAMMA_SHAPE) / 2.0))
-    return found
-
-
-def _mean_output_tokens(row: MeasuredRow) -> float:
-    """Mean output of the steady part of a saturated row."""
-    assert row.ramp is not None
-    tokens = row.requests.output_tokens.sum() - row.ramp.output_tokens.sum()
-    return float(tokens / (len(row.requests.output_tokens) - len(row.ramp.output_tokens)))
-
-
 # -- as Markdown ----------------------------------------------------------------------
 
 
-def sections(validation: Validation, public: Path) -> list[str]:
-    """Return the page's sections on physics and on the assumed prompt lengths."""
-    parts = [_physics_section(physics_checks(validation, public))]
-    known = [c for c in validation.comparisons if c.row.source == V3]
-    if known:
-        parts.append(
-            _input_section(known, input_sensitivity(validation), implied_input_tokens(validation))
-        )
-    return parts
-
-
-def _physics_section(checks: Sequence[Check]) -> str:
+def physics_section(validation: Validation, public: Path) -> str:
+    """Return the page's section on physics."""
     origins = "; ".join(
         f"{gpu}: {c.origin} ({c.intervals['vllm'].basis})"
         for gpu, c in ((gpu, load_calibration(gpu)) for gpu in _KERNELS)
@@ -399,41 +327,9 @@ def _physics_section(checks: Sequence[Check]) -> str:
         "| case | quantity | predicted | measured | error % | by whom |",
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
-    for c in checks:
+    for c in physics_checks(validation, public):
         error = "-" if c.public is None else f"{100 * (c.predicted / c.public - 1):+.1f}"
-        public = "-" if c.public is None else f"{c.public:.4g}"
-        cells = (c.case, c.quantity, f"{c.predicted:.4g}", public, error, c.source or "-")
+        figure = "-" if c.public is None else f"{c.public:.4g}"
+        cells = (c.case, c.quantity, f"{c.predicted:.4g}", figure, error, c.source or "-")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _input_section(
-    known: Sequence[Comparison],
-    others: dict[float, list[Comparison]],
-    implied: Sequence[tuple[Comparison, float]],
-) -> str:
-    lines = [
-        f"## The assumed prompt length of {V3}",
-        "",
-        "Prompt lengths are not published, but average batches are. Where the batch stays below "
-        "its limit, the KV cache is full, and its tokens over the average batch are the mean "
-        "context; less the output's part, the mean prompt. Neither joules nor seconds enter.",
-        "",
-        "| row | average batch | implied mean prompt |",
-        "| --- | ---: | ---: |",
-        *(f"| {c.row.name} | {c.row.mean_batch:.1f} | {tokens:.0f} |" for c, tokens in implied),
-        "",
-        f"The assumption is {V3_INPUT_TOKENS:.0f}: the engine keeps more memory free than is "
-        "assumed here, so the figures are upper ends. Errors of the same rows with other means:",
-        "",
-        "| mean prompt | J: median \\|e\\| % | sign | s: median \\|e\\| % | sign |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for mean, rows in sorted({V3_INPUT_TOKENS: list(known), **others}.items()):
-        joules = error_stats(c.joules_error for c in rows)
-        seconds = error_stats(c.seconds_error for c in rows)
-        assert joules is not None and seconds is not None
-        numbers = (joules.median_abs, joules.median, seconds.median_abs, seconds.median)
-        cells = (f"{100 * v:+.1f}" if i % 2 else f"{100 * v:.1f}" for i, v in enumerate(numbers))
-        lines.append(f"| {mean:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from calibration.measured_runs import UNSTEADY_SPREAD
-from calibration.physics_check import sections
+from calibration.physics_check import physics_section
 from calibration.public_runs import SOURCES
+from calibration.saturated_check import saturated_sections
 from calibration.validate import (
     NAIVE_RULES,
     OWN_RUNS,
@@ -453,7 +454,8 @@ def run(
     if not validation.comparisons:
         raise EnergyModelError("nothing to validate with: " + "; ".join(validation.skipped))
     if report is not None:
-        write_report(validation, report, sections(validation, public))
+        more = [physics_section(validation, public), *saturated_sections(validation)]
+        write_report(validation, report, more)
     failures: list[str] = []
     notices: list[str] = []
     if check:

@@ -16,8 +16,9 @@ from test_serving import StepEngine, World, WorldMeter, in_world
 from typer.testing import CliRunner
 
 from calibration.measured_runs import read_own
-from calibration.physics_check import implied_input_tokens, kernel_seconds, physics_checks
+from calibration.physics_check import kernel_seconds, physics_checks
 from calibration.public_runs import ENERGAIZER, SPLITWISE, V2, V3, read_public
+from calibration.saturated_check import implied_input_tokens, saturated_sections
 from calibration.serving import append_record, run_cases
 from calibration.serving_plan import Case, EngineRun, Plan, model_config
 from calibration.validate import (
@@ -564,6 +565,17 @@ def test_published_batches_imply_prompts_of_a_few_hundred_tokens(
     implied = [tokens for _, tokens in implied_input_tokens(a_validation(*full))]
     assert len(implied) == 4
     assert np.median(implied) == pytest.approx(345, abs=60)
+
+
+def test_what_a_saturated_step_holds_beside_the_operators() -> None:
+    assert saturated_sections(a_validation(a_comparison(2.0))) == []
+    whole, ramp = steady_state("s", batch=32, mean_input_tokens=50, mean_output_tokens=50)
+    c = a_comparison(
+        2.0, source=V3, batch=32, requests=whole, ramp=ramp, seconds_per_output_token=0.02005
+    )
+    lengths, drawing = saturated_sections(a_validation(c))
+    assert "| 600 |" in lengths
+    assert "| llama-3.2-1b | 1 | 128256 | 50 | - | - | - |" in drawing
 
 
 @needs_public
