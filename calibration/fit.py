@@ -13,7 +13,7 @@ Two stages, both robust least squares on log residuals with bounds at zero:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -252,96 +252,153 @@ def _at(rows: KernelRows, indices: NDArray[np.int64]) -> KernelRows:
 
 
 ENERGY_CLASSES = ("gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "sampling")
+"""Classes whose busy SMs get a power of their own."""
+_FLOP_CLASSES = ("gemm", "moe", "attention_prefill")
+_PRIOR_WEIGHT = 0.01
+"""Pull towards the start, in log units: decides only what no row tells apart."""
+_AT_LIMIT = 0.95
+"""Share of the power limit from which on a row counts as held down by it."""
 
 
-def fit_watts(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Calibration:
+def implied_clock(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Array:
+    """Clock shares (n,): the measured ones, else what the seconds say of rows at the limit.
+
+    A row without a measured clock that drew the limit's power ran compute-bound work in the
+    measured seconds less its memory-bound ones; below the limit the clock was the highest.
+    """
+    costs = row_costs(rows, gpu, calibration)
+    left = np.maximum(rows.seconds - costs.memory_seconds, 1e-9)
+    share = np.clip(costs.compute_seconds / left, 0.4, 1.0)
+    limited = rows.watts >= _AT_LIMIT * calibration.power_cap_watts
+    return np.where(np.isfinite(rows.clock), rows.clock, np.where(limited, share, 1.0))
+
+
+def predicted_watts(rows: KernelRows, gpu: GpuSpec, calibration: Calibration) -> Array:
+    """Mean power (n,) at the measured seconds and the measured or implied clock."""
+    joules, _, start = _watt_terms(rows, gpu, calibration)
+    return np.asarray(joules(start))
+
+
+def fit_watts(
+    rows: KernelRows,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    keep: Sequence[str] = (),
+) -> Calibration:
     """Energy parameters from measured power, given measured seconds.
 
     P t = base t + sum of active, FLOP, HBM and on-chip joules, core ones scaled by clock**a.
     Base power is fixed by the caller (it is measured alone, with kernels that do nothing).
+    Parameters named in `keep` (`active <class>`, `flop <class> <dtype>`, `hbm`, `onchip`,
+    `exponent`), and those that no row tells apart, stay as the calibration has them.
     """
     from scipy.optimize import least_squares  # noqa: PLC0415
 
     rows = rows.pick(np.isfinite(rows.watts))
+    watts, names, start = _watt_terms(rows, gpu, calibration)
+    limits = {
+        "active": (1e-2, 400.0),
+        "flop": (1e-14, 5e-12),
+        "hbm": (1e-12, 4e-10),
+        "onchip": (1e-13, 2e-10),
+        "exponent": (0.3, 3.0),
+    }
+    bounds = np.array([limits[name.split()[0]] for name in names])
+    first = np.log(np.clip(start, bounds[:, 0] * 1.01, bounds[:, 1] * 0.99))
+    free = np.array([name not in keep for name in names])
+    measured = np.log(rows.watts)
+
+    def full(theta: Array) -> Array:
+        value = first.copy()
+        value[free] = theta
+        return np.exp(value)
+
+    def residuals(theta: Array) -> Array:
+        pull = _PRIOR_WEIGHT * (theta - first[free])
+        return np.concatenate([np.log(watts(full(theta))) - measured, pull])
+
+    result = least_squares(
+        residuals,
+        first[free],
+        bounds=np.log(bounds[free]).T,
+        loss="soft_l1",
+        f_scale=ROBUST_SCALE,
+    )
+    return _with_energy(calibration, dict(zip(names, map(float, full(result.x)), strict=True)))
+
+
+def _watt_terms(
+    rows: KernelRows, gpu: GpuSpec, calibration: Calibration
+) -> tuple[Callable[[Array], Array], list[str], Array]:
+    """Power of the rows as a function of the energy parameters; their names; their values now."""
+    clock = implied_clock(rows, gpu, calibration)
     unit = replace(
         calibration,
         joules_per_flop=dict.fromkeys(calibration.joules_per_flop, 1.0),
         joules_per_hbm_byte=1.0,
         joules_per_onchip_byte=1.0,
-        kernels={
-            c: replace(k, active_watts=0.0, flop_energy_factor=1.0)
-            for c, k in calibration.kernels.items()
-        },
+        kernels={c: replace(k, flop_energy_factor=1.0) for c, k in calibration.kernels.items()},
     )
     work = row_costs(rows, gpu, unit)
-    compute_share = work.compute_seconds / (work.compute_seconds + work.memory_seconds)
-    classes = [c for c in ENERGY_CLASSES if c in rows.op_class]
-    pairs = sorted(
-        {
-            (c, d)
-            for c, d, f in zip(rows.op_class, rows.dtype, rows.executed_flops, strict=True)
-            if f > 0
-        }
-    )
-    flop_names = [p for p in pairs if p[0] in ("gemm", "moe", "attention_prefill")]
-    t = rows.seconds
-    columns = [np.where([c == name for c in rows.op_class], 1.0, 0.0) for name in classes]
-    flops = [
-        np.where(
-            [(c, d) == pair for c, d in zip(rows.op_class, rows.dtype, strict=True)],
-            work.flop_joules / t,
-            0.0,
-        )
-        for pair in flop_names
+    modelled = work.memory_seconds + work.compute_seconds / clock
+    classes, pairs = np.array(rows.op_class), list(zip(rows.op_class, rows.dtype, strict=True))
+    active = [c for c in ENERGY_CLASSES if c in rows.op_class]
+    flops = sorted({p for p in pairs if p[0] in _FLOP_CLASSES})
+    columns = [np.where(classes == c, 1.0, 0.0) for c in active]
+    columns += [np.where([p == f for p in pairs], work.flop_joules, 0.0) for f in flops]
+    columns += [work.hbm_joules, work.onchip_joules]
+    names = [f"active {c}" for c in active] + [f"flop {c} {d}" for c, d in flops]
+    names += ["hbm", "onchip", "exponent"]
+    start = [calibration.kernels[c].active_watts for c in active]
+    start += [
+        calibration.joules_per_flop[d] * calibration.kernels[c].flop_energy_factor for c, d in flops
     ]
-    hbm, onchip = work.hbm_joules / t, work.onchip_joules / t
-    measured = np.log(rows.watts)
+    start += [
+        calibration.joules_per_hbm_byte,
+        calibration.joules_per_onchip_byte,
+        calibration.clock_energy_exponent,
+    ]
+    terms = np.stack(columns)
+    terms[len(active) :] /= rows.seconds
 
-    def watts(theta: Array) -> Array:
-        value = np.exp(theta)
-        slow = rows.clock ** value[-1]
-        total = calibration.base_watts + value[-3] * hbm + value[-2] * onchip * slow
-        at = 0
-        for column in columns:
-            total = total + value[at] * column * (1 - compute_share + compute_share * slow)
-            at += 1
-        for column in flops:
-            total = total + value[at] * column * slow
-            at += 1
-        return np.asarray(total)
+    def watts(value: Array) -> Array:
+        slow = clock ** value[-1]
+        scale = np.ones_like(terms)
+        scale[: len(active)] = (work.memory_seconds + work.compute_seconds * slow) / modelled
+        scale[len(active) :] = slow
+        scale[len(active) + len(flops)] = 1.0  # device memory keeps its clock
+        return np.asarray(calibration.base_watts + value[:-1] @ (terms * scale))
 
-    start = np.log([30.0] * len(classes) + [5e-13] * len(flops) + [6e-11, 1e-11, 1.3])
-    low = np.log([1e-2] * len(classes) + [1e-14] * len(flops) + [1e-12, 1e-13, 0.3])
-    high = np.log([400.0] * len(classes) + [5e-12] * len(flops) + [4e-10, 2e-10, 3.0])
-    result = least_squares(
-        lambda theta: np.log(watts(theta)) - measured,
-        start,
-        bounds=(low, high),
-        loss="soft_l1",
-        f_scale=ROBUST_SCALE,
-    )
-    value = np.exp(result.x)
-    active = dict(zip(classes, map(float, value), strict=False))
-    per_flop = dict(zip(flop_names, map(float, value[len(classes) :]), strict=False))
+    return watts, names, np.array(start)
+
+
+def _with_energy(calibration: Calibration, fitted: Mapping[str, float]) -> Calibration:
+    """Calibration with the energy parameters of `fit_watts` in their places."""
     joules_per_flop = dict(calibration.joules_per_flop)
-    for (c, d), joules in per_flop.items():
-        if c == "gemm":
-            joules_per_flop[d] = joules
-    reference = joules_per_flop["bf16"]
-    kernels = {
-        c: replace(
-            kernel,
-            active_watts=active.get(c, kernel.active_watts),
-            flop_energy_factor=per_flop.get((c, "bf16"), reference) / reference,
-        )
-        for c, kernel in calibration.kernels.items()
+    kernels = dict(calibration.kernels)
+    measured = {
+        which[1]: value
+        for name, value in fitted.items()
+        for kind, *which in [name.split()]
+        if kind == "flop" and which[0] == "gemm"
     }
+    if "bf16" in measured:  # dtypes that were not measured keep their ratio to bf16
+        ratio = measured["bf16"] / joules_per_flop["bf16"]
+        joules_per_flop = {d: joules * ratio for d, joules in joules_per_flop.items()}
+    joules_per_flop.update(measured)
+    for name, value in fitted.items():
+        kind, *which = name.split()
+        if kind == "active":
+            kernels[which[0]] = replace(kernels[which[0]], active_watts=value)
+        elif kind == "flop" and which[1] == "bf16":
+            factor = value / joules_per_flop["bf16"]
+            kernels[which[0]] = replace(kernels[which[0]], flop_energy_factor=factor)
     return replace(
         calibration,
         joules_per_flop=joules_per_flop,
-        joules_per_hbm_byte=float(value[-3]),
-        joules_per_onchip_byte=float(value[-2]),
-        clock_energy_exponent=float(value[-1]),
+        joules_per_hbm_byte=fitted["hbm"],
+        joules_per_onchip_byte=fitted["onchip"],
+        clock_energy_exponent=fitted["exponent"],
         kernels=kernels,
     )
 

@@ -12,7 +12,8 @@ taken with its own collector inside vLLM. What its rows are, read from the colle
   initialised, so power and clock of single rows scatter. `fp8` rows hold the kernel that
   quantises the activations; `fp8_block` rows ran without a graph and time the host: left out.
 - Attention: one call per replay on the same cache, so caches below twice the L2 are warm and
-  left out of decode; short calls (7 to 12 us) time the replay itself. Context rows hold whole
+  left out of decode; short calls (7 to 12 us) time the replay itself. Fewer than 8 heads are
+  left out. Context rows hold whole
   prompts only, and write the cache. Prompts under a tile of 128 tokens are left out: the
   kernel packs the heads of a group into a tile there, the simulator does not.
 - MoE: one call of the whole fused expert path (alignment, two GEMMs, activation, sum), expert
@@ -64,12 +65,20 @@ _TRUSTED_SECONDS = 1.0
 _LARGEST_GEMM = 16384
 """Rows of the largest GEMM used [tokens]: no step is larger."""
 _NARROWEST_EXPERT = 256
+_FEWEST_HEADS = 8
+"""Query heads on one GPU, from which on attention fills it."""
 
 
 def table_path(folder: Path, gpu_name: str, kind: str) -> Path | None:
     """Path of a table (`gemm`, `moe`, `context_attention`, ...) of a GPU; None if there is none."""
     found = sorted(folder.glob(f"{gpu_name}_sxm_*_{kind}_perf.parquet"))
     return found[0] if found else None
+
+
+def used_files(folder: Path, gpu: GpuSpec) -> list[str]:
+    """Names of the tables that `read_rows` reads."""
+    paths = (table_path(folder, gpu.name, kind) for kind in _READERS)
+    return [path.name for path in paths if path is not None]
 
 
 def read_rows(folder: Path, gpu: GpuSpec) -> KernelRows:
@@ -80,6 +89,8 @@ def read_rows(folder: Path, gpu: GpuSpec) -> KernelRows:
     EnergyModelError
         If the folder has no table of the GPU, or a table lacks a column; names the file.
     """
+    import polars as pl  # noqa: PLC0415
+
     parts = []
     for kind, reader in _READERS.items():
         path = table_path(folder, gpu.name, kind)
@@ -87,7 +98,7 @@ def read_rows(folder: Path, gpu: GpuSpec) -> KernelRows:
             continue
         try:
             parts.append(reader(path, gpu))
-        except (OSError, KeyError) as error:
+        except (OSError, pl.exceptions.PolarsError) as error:
             raise EnergyModelError(
                 f"{path}: not an aiconfigurator table of {kind} ({error})"
             ) from error
@@ -248,7 +259,9 @@ def _attention(path: Path) -> pl.DataFrame:
     import polars as pl  # noqa: PLC0415
 
     table = pl.read_parquet(path).filter(
-        (pl.col("kv_cache_dtype") == "bfloat16") & (pl.col("head_dim") <= 256)
+        (pl.col("kv_cache_dtype") == "bfloat16")
+        & (pl.col("head_dim") <= 256)
+        & (pl.col("num_heads") >= _FEWEST_HEADS)
     )
     if "window_size" in table.columns:
         table = table.filter(pl.col("window_size") == 0)

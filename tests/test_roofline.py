@@ -1,0 +1,169 @@
+"""Seconds and joules of kernels: values worked out by hand, and what must hold for any."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from energymodel.operators import operator_table, step_stats
+from energymodel.roofline import (
+    OperatorCosts,
+    clock_under_cap,
+    kernel_costs,
+    operator_costs,
+    step_seconds_and_joules,
+    wave_fill,
+)
+from energymodel.specs import ServingConfig
+from tests.shapes import calibration, gpu, ideal_kernel, llama_8b, tiny
+
+
+def costs_of(kernel: object, **work: float) -> OperatorCosts:
+    """Costs of one kernel on the round GPU (1 PFLOP/s, 3 TB/s, 132 SMs)."""
+    values: dict[str, float] = {
+        "executed_flops": 0.0,
+        "hbm_bytes": 0.0,
+        "activation_bytes": 0.0,
+        "link_bytes": 0.0,
+        "tiles": 0.0,
+        "calls": 1.0,
+        "gemm_rows": 0.0,
+        "gemm_columns": 0.0,
+    }
+    arrays = {k: np.array([v]) for k, v in (values | work).items()}
+    return kernel_costs(
+        **arrays,
+        flops_per_s=np.array([1e15]),
+        bytes_per_s=np.array([3e12]),
+        joules_per_flop=np.array([5e-13]),
+        gpu=gpu(),
+        calibration=calibration(),
+        parameter=lambda name: np.array([getattr(kernel, name)]),
+    )
+
+
+def seconds_of(kernel: object, **work: float) -> float:
+    costs = costs_of(kernel, **work)
+    return float(costs.memory_seconds[0] + costs.compute_seconds[0])
+
+
+def test_the_longer_of_compute_and_memory_counts() -> None:
+    kernel = ideal_kernel()
+    assert seconds_of(kernel, executed_flops=1e12, hbm_bytes=3e8) == pytest.approx(1e-3, rel=1e-3)
+    assert seconds_of(kernel, executed_flops=1e10, hbm_bytes=3e9) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_additive_ridge_and_call_time() -> None:
+    kernel = ideal_kernel(sharpness=1.0, call_seconds=1e-5)
+    # 1 ms of arithmetic + 0.1 ms of bytes + three calls
+    assert seconds_of(kernel, executed_flops=1e12, hbm_bytes=3e8, calls=3.0) == pytest.approx(
+        1e-3 + 1e-4 + 3e-5
+    )
+
+
+def test_tiles_cost_their_time_on_every_sm() -> None:
+    kernel = ideal_kernel(tile_seconds=2e-6)
+    # 264 tiles on 132 SMs: two of 2 us one after another
+    assert seconds_of(kernel, tiles=264.0) == pytest.approx(4e-6)
+
+
+def test_a_gemm_is_padded_to_sixteen_rows() -> None:
+    kernel = ideal_kernel()
+    one, sixteen, seventeen = (
+        seconds_of(kernel, executed_flops=rows * 1e10, gemm_rows=rows, gemm_columns=4096.0)
+        for rows in (1.0, 16.0, 17.0)
+    )
+    assert one == pytest.approx(sixteen)
+    assert seventeen == pytest.approx(2 * sixteen)
+
+
+def test_wave_fill_of_the_guides_example() -> None:
+    # NVIDIA's guide: 12 tiles on a GPU of 8 SMs run in two waves, the last half full
+    rows, columns = np.array([384.0]), np.array([512.0])
+    assert wave_fill(rows, columns, 8) == pytest.approx([0.75])
+
+
+def test_activations_beyond_the_l2_travel_through_memory() -> None:
+    kernel = ideal_kernel()
+    kept = 0.5 * 50e6
+    assert seconds_of(kernel, activation_bytes=kept) == pytest.approx(kept / 3.0 / 3e12)
+    assert seconds_of(kernel, activation_bytes=kept + 3e9) == pytest.approx(
+        (kept / 3.0 + 3e9) / 3e12
+    )
+
+
+def test_joules_of_each_part() -> None:
+    kernel = ideal_kernel(active_watts=100.0, flop_energy_factor=2.0)
+    costs = costs_of(kernel, executed_flops=1e12, hbm_bytes=1e9, link_bytes=1e6)
+    assert costs.flop_joules == pytest.approx([1.0])
+    assert costs.hbm_joules == pytest.approx([0.08])
+    assert costs.link_joules == pytest.approx([5e-5])
+    total = costs.memory_seconds + costs.compute_seconds
+    assert costs.active_memory_joules + costs.active_compute_joules == pytest.approx(100.0 * total)
+
+
+def test_nothing_costs_nothing() -> None:
+    costs = costs_of(ideal_kernel(call_seconds=1e-3, active_watts=100.0))
+    assert costs.tables().sum() == 0.0 if costs.memory_seconds.ndim > 1 else True
+    assert costs.memory_seconds[0] == costs.compute_seconds[0] == 0.0
+
+
+work = st.floats(1e3, 1e13)
+
+
+@given(flops=work, more=st.floats(1.0, 10.0), hbm=work, sharpness=st.floats(1.0, 16.0))
+def test_more_work_never_takes_less_time(
+    flops: float, more: float, hbm: float, sharpness: float
+) -> None:
+    kernel = ideal_kernel(sharpness=sharpness, call_seconds=1e-6)
+    small = seconds_of(kernel, executed_flops=flops, hbm_bytes=hbm)
+    assert seconds_of(kernel, executed_flops=flops * more, hbm_bytes=hbm) >= small * (1 - 1e-12)
+    assert seconds_of(kernel, executed_flops=flops, hbm_bytes=hbm * more) >= small * (1 - 1e-12)
+    # between the ideal roofline and the sum of its parts
+    assert max(flops / 1e15, hbm / 3e12) <= small <= flops / 1e15 + hbm / 3e12 + 1.1e-6
+
+
+@given(
+    memory=st.floats(1e-6, 1e-2),
+    compute=st.floats(1e-6, 1e-2),
+    fixed=st.floats(0.0, 10.0),
+    core=st.floats(1e-3, 100.0),
+)
+def test_the_limit_is_met_where_it_binds(
+    memory: float, compute: float, fixed: float, core: float
+) -> None:
+    limited = replace(calibration(), power_cap_watts=700.0)
+    tables = np.array([[memory, compute, fixed, core]])
+    seconds, joules = step_seconds_and_joules(tables, limited)
+    assert joules[0] / seconds[0] <= 700.0 * (1 + 1e-6)
+    free_seconds, free_joules = step_seconds_and_joules(tables, calibration())
+    assert seconds[0] >= free_seconds[0] * (1 - 1e-9)
+    if free_joules[0] <= 699.0 * free_seconds[0]:
+        assert seconds[0] == pytest.approx(free_seconds[0])
+    x = clock_under_cap(*(np.array([v]) for v in (memory, compute, fixed, core)), limited)
+    assert 0.2 <= x[0] <= 1.0
+
+
+def test_a_decode_step_of_an_8b_model_is_its_weights() -> None:
+    """One token reads the 7.5e9 weights of the layers and the logits once: 15.0 GB, 5 ms."""
+    table = operator_table(llama_8b(), ServingConfig())
+    stats = step_stats(llama_8b(), tokens=1.0, rows=1.0, decode_kv_tokens=1.0)
+    costs = operator_costs(table, stats, gpu(), calibration())
+    weights = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096
+    seconds, _ = step_seconds_and_joules(costs.tables(), calibration())
+    assert seconds[0] == pytest.approx(2.0 * weights / 3e12, rel=0.01)
+
+
+def test_sequences_and_rows_are_tiles_of_attention() -> None:
+    model = tiny()
+    table = operator_table(model, ServingConfig())
+    names = list(table.names)
+    stats = step_stats(model, tokens=0.0, decode_sequences=8.0, prefill_rows=256.0)
+    tiles = (stats @ table.tiles.T)[0]
+    # two layers of 2 KV heads and 4 query heads
+    assert tiles[names.index("attention_decode")] == 8 * 2 * 2
+    assert tiles[names.index("attention_prefill")] == 2 * 4 * 2
