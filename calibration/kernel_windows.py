@@ -24,6 +24,9 @@ _CLASS_OF = {
     "sampling": "sampling",
 }
 """Operator class of the model by the suite's class; windows of other classes are no kernels."""
+_WRITES = ("copy_write",)
+"""Windows that only write: a byte written takes less energy than one read, a step writes little,
+and the model has one energy for both."""
 
 
 def read_windows(path: Path) -> list[dict[str, Any]]:
@@ -48,7 +51,7 @@ def read_windows(path: Path) -> list[dict[str, Any]]:
 
 def kernel_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
     """Rows of the windows whose operator class the model knows; repeats are rows of their own."""
-    used = [w for w in windows if w["op_class"] in _CLASS_OF]
+    used = [w for w in windows if w["op_class"] in _CLASS_OF and w["launcher"] not in _WRITES]
     work = [_work(w) for w in used]
 
     def column(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -46,7 +46,7 @@ class KernelCalibration:
     tile_seconds: float = 0.0
     """Time an SM spends on a tile before and after its arithmetic [s]."""
     active_watts: float = 0.0
-    """Power of the busy SMs above the base, whatever they compute [W]."""
+    """Power of the busy SMs above the base, whatever they compute [W]; not in the fixed time."""
     flop_energy_factor: float = 1.0
     """Joules per FLOP of this class relative to a large GEMM's [-]."""
 
@@ -117,6 +117,9 @@ class Calibration:
     """By stack."""
     provenance: Mapping[str, Any]
     """Machine, driver, versions, date, checksum of the windows, held-out errors."""
+    kernel_gap_seconds: float = 0.0
+    """What each kernel of a step takes beyond the same kernel repeated alone [s]: it waits for
+    another one's last block, and for its own data."""
     onchip_speedup: float = 3.0
     """Bandwidth of the L2 relative to the device memory's [-]."""
     onchip_share_of_l2: float = 0.5

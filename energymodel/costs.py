@@ -99,7 +99,7 @@ def cost_tables(
         attention=attention,
         phases=phases,
         graph_tokens=_graph_padding(serving.graph_batch_sizes) if graphs else np.zeros(0, np.int64),
-        host=_host_seconds(model, stack),
+        host=host_seconds(model, stack),
         limits=np.array(
             [
                 calibration.base_watts,
@@ -259,7 +259,7 @@ def _attention_sequences(
 
 def _without_calls(calibration: Calibration) -> Calibration:
     kernels = {c: replace(k, call_seconds=0.0) for c, k in calibration.kernels.items()}
-    return replace(calibration, kernels=kernels)
+    return replace(calibration, kernels=kernels, kernel_gap_seconds=0.0)
 
 
 def _attention_units(
@@ -312,7 +312,8 @@ def _graph_padding(sizes: tuple[int, ...]) -> NDArray[np.int64]:
     return ordered[np.searchsorted(ordered, np.arange(ordered[-1] + 1))].astype(np.int64)
 
 
-def _host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
+def host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
+    """Host and gap seconds of a step, in the order of `CostTables.host`."""
     layers = float(model.num_layers)
     return np.array(
         [

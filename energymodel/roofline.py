@@ -108,6 +108,7 @@ def operator_costs(
         flops_per_s=np.array([_peak(gpu, d) for d in table.compute_dtype]),
         bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
         joules_per_flop=np.array([_joules_per_flop(calibration, d) for d in table.compute_dtype]),
+        gap_seconds=calibration.kernel_gap_seconds,
         gpu=gpu,
         calibration=calibration,
         parameter=parameter,
@@ -130,6 +131,7 @@ def kernel_costs(
     gpu: GpuSpec,
     calibration: Calibration,
     parameter: Callable[[str], Array],
+    gap_seconds: float = 0.0,
 ) -> OperatorCosts:
     """Costs of kernels at the highest clock; every argument broadcasts against the others.
 
@@ -138,6 +140,7 @@ def kernel_costs(
     executed_flops, hbm_bytes, activation_bytes, link_bytes, tiles : work of all `calls` together
     gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
     flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
+    gap_seconds : time between a kernel and the next; 0 for kernels repeated alone
     parameter : values of a field of `KernelCalibration`, by its name
     """
     # activations beyond what the L2 keeps between two kernels travel through device memory
@@ -162,16 +165,16 @@ def kernel_costs(
     together = longest * (from_compute + from_memory) ** (1.0 / sharpness)
     busy = (executed_flops + hbm + activation_bytes + link_bytes + tiles) > 0
     compute_share = from_compute / (from_compute + from_memory + 1e-300)
-    fixed = np.where(busy, calls * parameter("call_seconds"), 0.0)
+    fixed = np.where(busy, calls * (parameter("call_seconds") + gap_seconds), 0.0)
     compute_seconds = np.where(busy, together * compute_share, 0.0) + tiling
-    memory_seconds = np.where(busy, together * (1.0 - compute_share), 0.0) + fixed
+    waiting = np.where(busy, together * (1.0 - compute_share), 0.0)
     active = parameter("active_watts")
     return OperatorCosts(
-        memory_seconds=memory_seconds,
+        memory_seconds=waiting + fixed,
         compute_seconds=compute_seconds,
         flop_joules=executed_flops * joules_per_flop * parameter("flop_energy_factor"),
         onchip_joules=activation_bytes * calibration.joules_per_onchip_byte,
-        active_memory_joules=active * memory_seconds,
+        active_memory_joules=active * waiting,
         active_compute_joules=active * compute_seconds,
         hbm_joules=hbm * calibration.joules_per_hbm_byte,
         link_joules=link_bytes * calibration.joules_per_link_byte,
