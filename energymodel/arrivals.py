@@ -49,7 +49,8 @@ def with_arrivals(requests: Requests, arrivals: str, seed: int) -> Requests:
             f"--arrivals {arrivals}: {n} requests would take more than 30 years to arrive; RATE is "
             "in requests per second"
         )
-    gaps = np.random.default_rng(seed).exponential(1.0 / rate, n)
+    # not the numbers that a built-in workload's lengths were drawn with
+    gaps = np.random.default_rng((seed, 1)).exponential(1.0 / rate, n)
     return replace(requests, arrival_seconds=np.cumsum(gaps) - gaps[0])
 
 

@@ -61,7 +61,9 @@ def predict(
     arrivals: Annotated[
         str, typer.Option(help="trace, offline (all at time 0) or poisson:RATE in requests/s.")
     ] = "trace",
-    replicas: Annotated[str, typer.Option(help="Model instances, or auto for the fewest.")] = "1",
+    replicas: Annotated[
+        str, typer.Option(help="Model instances, or auto for the fewest that keep up.")
+    ] = "1",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs a layer is split over.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Stages the layers are split into.")] = 1,
     max_batch: Annotated[int, typer.Option(help="Sequences in flight (vLLM max_num_seqs).")] = 256,
@@ -104,7 +106,7 @@ def predict(
     `energymodel known` lists GPUs, models, workloads and grids.
     """
     with user_errors():
-        check_writable(output)
+        check_writable(output, trace, gpu, model, calibration)
         from energymodel.report import render  # noqa: PLC0415
         from energymodel.workload import predict as run  # noqa: PLC0415
 
@@ -154,7 +156,7 @@ def trace_describe(
 ) -> None:
     """Show a trace's statistics, bins and histograms."""
     with user_errors():
-        check_writable(output)
+        check_writable(output, file)
         from energymodel.trace_cli import render_description  # noqa: PLC0415
         from energymodel.workloads import load_requests  # noqa: PLC0415
 

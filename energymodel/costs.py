@@ -133,24 +133,42 @@ def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
     CapacityError
         If the weights leave no room; says how many GPUs would do.
     """
-    weights = weight_bytes(model, serving)
-    activations = serving.max_step_tokens * model.hidden_size * 16.0
-    room = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES - activations - weights
-    block = kv_bytes_per_token(model, serving) * serving.block_tokens
-    blocks = int(room // block)
+    room = _kv_room_bytes(model, serving, gpu)
+    blocks = int(room // (kv_bytes_per_token(model, serving) * serving.block_tokens))
     if blocks < 1:
         have = serving.tensor_parallel * serving.pipeline_parallel
-        usable = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES - activations
-        fits = next(
-            (n for n in (2, 4, 8, 16, 32, 64) if n > have and weights * have < 0.95 * usable * n),
-            None,
-        )
-        hint = f"; {fits} GPUs (--tensor-parallel {fits}) would do" if fits else ""
+        enough = _enough_tensor_parallel(model, serving, gpu)
+        hint = ""
+        if enough is not None:
+            gpus = enough * serving.pipeline_parallel
+            hint = f"; {gpus} GPUs (--tensor-parallel {enough}) would do"
         raise CapacityError(
-            f"{model.name} needs {weights / GIB:.1f} GiB of weights per GPU on {have} x "
+            f"{model.name} needs {weight_bytes(model, serving) / GIB:.1f} GiB of weights and "
+            f"{_activation_bytes(model, serving) / GIB:.1f} GiB of activations per GPU on {have} x "
             f"{gpu.title}, which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
         )
     return blocks
+
+
+def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
+    return serving.max_step_tokens * model.hidden_size * 16.0
+
+
+def _kv_room_bytes(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> float:
+    """Memory of one GPU beside weights, activations and the engine; negative if there is none."""
+    usable = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES
+    return usable - _activation_bytes(model, serving) - weight_bytes(model, serving)
+
+
+def _enough_tensor_parallel(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int | None:
+    """Fewest GPUs a stage could be split over to leave a twentieth of the memory for KV cache."""
+    for parts in (2, 4, 8, 16, 32, 64):
+        divides = all(group.attention.num_heads % parts == 0 for group in model.layers)
+        if parts > serving.tensor_parallel and divides:
+            room = _kv_room_bytes(model, replace(serving, tensor_parallel=parts), gpu)
+            if room > 0.05 * gpu.hbm_bytes:
+                return parts
+    return None
 
 
 def operator_joules(

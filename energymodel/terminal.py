@@ -50,13 +50,29 @@ def print_text(text: str) -> None:
         raise EnergyModelError(f"standard output cannot be written: {error.strerror}") from error
 
 
-def check_writable(output: Path | None) -> None:
-    """Fail before the work, not after it."""
+def check_writable(output: Path | None, *inputs: str | None) -> None:
+    """Fail before the work, not after it.
+
+    Parameters
+    ----------
+    output : where a result will be written; None is the terminal
+    inputs : names or files that the command reads; `output` may be none of them
+
+    Raises
+    ------
+    EnergyModelError
+        If `output` cannot be written, or would overwrite an input.
+    """
     if output is None:
         return
     try:
         if output.is_dir():
             raise EnergyModelError(f"--output {output} is a folder; name a file")
+        for read in inputs:
+            if output.is_file() and read and Path(read).is_file() and output.samefile(read):
+                raise EnergyModelError(
+                    f"--output {output} would overwrite {read}, which is read; name another file"
+                )
         target = _target(output)
         folder_exists = target.parent.is_dir()
         writable = os.access(target.parent if _is_replaced(target) else target, os.W_OK)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from energymodel.calibrations import list_calibrations, load_calibration, save_calibration
 from energymodel.cli import app
+from energymodel.datafiles import data_path
 from energymodel.gpus import list_gpus
 from energymodel.models import list_models
 from energymodel.report import joules_text, range_text, seconds_text, three_digits
@@ -449,6 +450,29 @@ def test_missing_trace() -> None:
     assert "No file has that name" in refused(invoke("trace", "describe", "absent"))
 
 
+def test_a_gpu_file_of_ones_own(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my-gpu.json"
+    path.write_text(data_path("gpus", "a100.json").read_text())
+    arguments = ("predict", "--trace", trace, "--gpu", path, "--format", "json")
+    assert "(my-gpu) has no calibration yet" in refused(invoke(*arguments))
+    document = json.loads(invoke(*arguments, "--calibration", "a100").stdout)
+    assert document["inputs"]["gpu"] == "my-gpu"
+    assert any("calibration is of a100" in warning for warning in document["warnings"])
+
+
+@pytest.mark.parametrize("field", ["base_watts", "joules_per_hbm_byte", "power_cap_watts"])
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), 1e300, "much", None])
+def test_a_calibration_with_a_senseless_value(
+    trace: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    document = json.loads(data_path("calibrations", "a100.json").read_text())
+    document[field] = value
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(document))
+    message = refused(predict(trace, "--calibration", path))
+    assert f"own.json: $.{field} must be a number" in message
+
+
 # --- where it goes ------------------------------------------------------------------------------
 
 
@@ -462,6 +486,19 @@ def test_output_is_written_whole_and_replaces_the_file(trace: Path, tmp_path: Pa
     assert json.loads(output.read_text())["energy_joules"] < first["energy_joules"]
     assert stat.S_IMODE(output.stat().st_mode) == 0o640
     assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json", "small.csv"]
+
+
+def test_output_never_replaces_what_is_read(trace: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.csv"
+    link.symlink_to(trace)
+    for output in (trace, link):
+        message = refused(predict(trace, "--output", output))
+        assert "would overwrite" in message
+        assert "would overwrite" in refused(invoke("trace", "describe", trace, "--output", output))
+    own = tmp_path / "own.json"
+    save_calibration(load_calibration("a100"), own)
+    assert "would overwrite" in refused(predict(trace, "--calibration", own, "--output", own))
+    assert trace.read_text() == TRACE
 
 
 def test_output_through_a_link_keeps_the_link(trace: Path, tmp_path: Path) -> None:

@@ -444,6 +444,44 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
     assert isinstance(caught.value, ConfigurationError | TraceError)
 
 
+texts = st.one_of(st.text(max_size=8), st.sampled_from(["trace", "poisson:1", "auto", "paper"]))
+numbers = st.one_of(st.integers(-3, 5000), st.integers(-(10**20), 10**20))
+
+
+@settings(max_examples=100)
+@given(
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(
+                ("stack", "arrivals", "dtype", "kv_dtype", "binning", "grid", "replicas"), texts
+            ),
+            **dict.fromkeys(
+                (
+                    "tensor_parallel",
+                    "pipeline_parallel",
+                    "max_batch",
+                    "max_step_tokens",
+                    "max_model_len",
+                    "seed",
+                ),
+                numbers,
+            ),
+            "pue": st.floats(),
+        },
+    )
+)
+def test_any_options_give_a_result_or_a_clear_error(options: dict[str, Any]) -> None:
+    requests = trace((0.0, 10, 5), (1.0, 300, 2))
+    try:
+        result = run(requests, **options)
+    except EnergyModelError as error:
+        assert str(error)
+    else:
+        check_parts(result, requests)
+        json.dumps(result.to_dict(), allow_nan=False)
+
+
 def test_a_longer_context_can_be_asked_for() -> None:
     with pytest.raises(TraceError, match="set --max-model-len 5010"):
         run(trace((0.0, 5000, 10)))
@@ -458,6 +496,16 @@ def test_a_model_that_does_not_fit_says_how_many_gpus_would() -> None:
         run(trace((0.0, 10, 5)), **options)
     enough = int(str(caught.value).split(" GPUs (")[0].rsplit(" ", 1)[1])
     assert run(trace((0.0, 10, 5)), **options, tensor_parallel=enough).gpus == enough
+
+
+def test_no_number_of_gpus_is_named_that_the_heads_do_not_allow() -> None:
+    (layer,) = llama_8b().layers
+    odd = replace(layer, attention=replace(layer.attention, num_heads=35, num_kv_heads=7))
+    model = replace(llama_8b(), layers=(odd,))
+    options = {"gpu": gpu(hbm_bytes=12e9), "model": model, "max_batch": 8, "max_step_tokens": 512}
+    with pytest.raises(CapacityError, match="leaves no room for KV cache") as caught:
+        run(trace((0.0, 10, 5)), **options)
+    assert "would do" not in str(caught.value)
 
 
 def test_a_request_longer_than_the_kv_cache_is_refused() -> None:
