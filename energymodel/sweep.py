@@ -1,0 +1,389 @@
+"""One setting of a deployment, and what it costs to serve a trace with it.
+
+A `Setting` is a point of a grid over GPU, model, engine options, replicas, load and site.
+`evaluate` turns it into a `Point`: estimated in steady states (`binned`), or simulated (`exact`).
+A setting that makes no sense or cannot keep up becomes a point with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from energymodel.accounting import Served, energy_parts
+from energymodel.calibrations import Calibration, load_calibration
+from energymodel.deployment import Deployment, deploy
+from energymodel.errors import CapacityError, ConfigurationError, EnergyModelError, TraceError
+from energymodel.gpus import load_gpu
+from energymodel.grids import load_grid_intensity
+from energymodel.replicas import serve_on_replicas
+from energymodel.steady_state import BinnedTrace, Estimate, estimate
+from energymodel.traces import Requests
+from energymodel.units import JOULES_PER_KWH
+
+MODES = ("binned", "exact")
+_PERCENTILES = ("p50", "p90", "p99")
+_MOST_REPLICAS = 65536
+_HOPELESS_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One choice of everything; fields as in `workload.predict`, None = its default."""
+
+    gpu: str
+    model: str = "llama-3.1-8b"
+    stack: str = "vllm"
+    dtype: str = "bf16"
+    kv_dtype: str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    replicas: int | str = "auto"
+    max_batch: int = 256
+    max_step_tokens: int | None = None
+    power_limit_watts: float | None = None
+    """Board power limit; None = the calibration's."""
+    arrival_scale: float = 1.0
+    """Arrivals come this many times faster."""
+    pue: float = 1.0
+    grid: str | None = None
+
+
+AXES = tuple(f.name for f in fields(Setting))
+"""Names over which a grid can span."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workload:
+    """A trace in both forms, and the prices that costs are counted with."""
+
+    binned: BinnedTrace
+    requests: Requests | None
+    """None where the trace is too long to be held; then nothing is simulated exactly."""
+    output_tokens: int
+    prices: Mapping[str, float]
+    """By canonical GPU name [USD per GPU and hour]."""
+    max_model_len: int | None = None
+    calibration: str | None = None
+    """Calibration file in place of the GPUs' own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A setting and what it costs. Energies of GPU boards [J]; None = not known."""
+
+    setting: Setting
+    mode: str
+    """`binned` or `exact`."""
+    reason: str = ""
+    """Why the setting cannot be served; empty where it can."""
+    replicas: int | None = None
+    gpus: int | None = None
+    energy_joules: float | None = None
+    energy_joules_low: float | None = None
+    energy_joules_high: float | None = None
+    active_joules: float | None = None
+    idle_joules: float | None = None
+    joules_per_request: float | None = None
+    joules_per_output_token: float | None = None
+    wall_seconds: float | None = None
+    average_watts: float | None = None
+    ttft_seconds: Mapping[str, float] = field(default_factory=dict)
+    tpot_seconds: Mapping[str, float] = field(default_factory=dict)
+    usd: float | None = None
+    """Rent of the GPUs from the first arrival to the last completion."""
+    carbon_grams: float | None = None
+    by_component_joules: Mapping[str, float] = field(default_factory=dict)
+    """Exact points only."""
+    origin: str = ""
+    """What the calibration rests on."""
+
+    @property
+    def served(self) -> bool:
+        """Whether the setting can serve the trace."""
+        return not self.reason
+
+    def row(self) -> dict[str, Any]:
+        """One flat row for CSV and Parquet."""
+        found = asdict(self.setting)
+        found["replicas_asked"] = str(found.pop("replicas"))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("setting", "by_component_joules"):
+                continue
+            if f.name in ("ttft_seconds", "tpot_seconds"):
+                for p in _PERCENTILES:
+                    found[f"{f.name.removesuffix('_seconds')}_{p}_seconds"] = value.get(p)
+            else:
+                found[f.name] = value
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Point:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "setting": Setting(**values["setting"])})
+
+
+def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    """Every combination of the values given by axis, the last axis changing fastest.
+
+    Raises
+    ------
+    ConfigurationError
+        If an axis is unknown, empty or names a value twice, or there is no GPU.
+    """
+    for name, values in axes.items():
+        if name not in AXES:
+            raise ConfigurationError(f"unknown axis '{name}'. Known: {', '.join(AXES)}.")
+        if len(values) == 0:
+            raise ConfigurationError(f"axis {name} has no values; leave it out or give one")
+        if len(set(values)) < len(values):
+            raise ConfigurationError(f"axis {name} names a value twice")
+    if "gpu" not in axes:
+        raise ConfigurationError("no GPU given; name at least one")
+    names = [name for name in AXES if name in axes]
+    return [
+        Setting(**dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(axes[name] for name in names))
+    ]
+
+
+def deployment_key(setting: Setting) -> Setting:
+    """The setting with load and site left out: equal keys share their cost tables."""
+    return replace(setting, replicas=1, arrival_scale=1.0, pue=1.0, grid=None)
+
+
+def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
+    """What it costs to serve the workload with a setting.
+
+    Parameters
+    ----------
+    setting : Setting
+    workload : Workload
+    mode : `binned` (estimated) or `exact` (simulated); static batches are always simulated
+
+    Returns
+    -------
+    Point
+        With `reason` set where the setting is refused or cannot keep up.
+    """
+    if setting.stack == "transformers":
+        mode = "exact"
+    try:
+        _check_site(setting)
+        deployment = _deployment(
+            deployment_key(setting), workload.max_model_len, workload.calibration
+        )
+        if mode == "binned":
+            return _estimated(setting, workload, deployment)
+        return _simulated(setting, workload, deployment)
+    except EnergyModelError as error:
+        return Point(setting=setting, mode=mode, reason=str(error))
+
+
+def _check_site(setting: Setting) -> None:
+    if not 1.0 <= setting.pue <= 10.0:
+        raise ConfigurationError(f"--pue {setting.pue:g} is outside 1 to 10")
+    if not 0.0 < setting.arrival_scale < np.inf:
+        raise ConfigurationError(f"--arrival-scale {setting.arrival_scale:g} is not above 0")
+
+
+@lru_cache(maxsize=64)
+def _grams_per_kwh(grid: str) -> float:
+    return load_grid_intensity(grid).grams_per_kwh
+
+
+@lru_cache(maxsize=16)
+def _deployment(key: Setting, max_model_len: int | None, calibration: str | None) -> Deployment:
+    gpu = load_gpu(key.gpu)
+    fitted: str | Calibration | None = calibration
+    if key.power_limit_watts is not None:
+        fitted = _limited(
+            load_calibration(calibration or gpu.name), key.power_limit_watts, gpu.tdp_watts
+        )
+    return deploy(
+        gpu=gpu,
+        model=key.model,
+        stack=key.stack,
+        tensor_parallel=key.tensor_parallel,
+        pipeline_parallel=key.pipeline_parallel,
+        max_batch=key.max_batch,
+        max_step_tokens=key.max_step_tokens,
+        max_model_len=max_model_len,
+        dtype=key.dtype,
+        kv_dtype=key.kv_dtype,
+        calibration=fitted,
+    )
+
+
+def _limited(calibration: Calibration, watts: float, tdp_watts: float) -> Calibration:
+    """The calibration under a board power limit, as `nvidia-smi --power-limit` sets it."""
+    lowest = calibration.base_watts + 20.0
+    if not lowest <= watts <= tdp_watts:
+        raise ConfigurationError(
+            f"--power-limit {watts:g} W is outside what the board can keep: it draws "
+            f"{calibration.base_watts:.0f} W before it computes anything, and at most "
+            f"{tdp_watts:.0f} W; give {lowest:.0f} to {tdp_watts:.0f}"
+        )
+    return replace(calibration, power_cap_watts=min(watts, calibration.power_cap_watts))
+
+
+def _estimated(setting: Setting, workload: Workload, deployment: Deployment) -> Point:
+    trace = workload.binned
+    if trace.longest_tokens > deployment.max_model_len:
+        raise TraceError(
+            f"a request of {trace.longest_tokens} tokens is longer than the "
+            f"{deployment.max_model_len} tokens that {deployment.model.name} is served with"
+        )
+    duration = trace.duration_seconds / setting.arrival_scale
+    if setting.replicas == "auto":
+        count = _fewest(trace, deployment, setting.arrival_scale, 30.0 + 0.1 * duration)
+    else:
+        count = _whole(setting.replicas)
+    found = estimate(trace, deployment, count, arrival_scale=setting.arrival_scale)
+    if found.waiting_seconds > max(duration, _HOPELESS_SECONDS):
+        raise CapacityError(f"{count} replicas cannot keep up with the arrivals")
+    return _point(
+        setting,
+        workload,
+        deployment,
+        count,
+        mode="binned",
+        active=found.active_joules,
+        idle=found.idle_joules,
+        wall=found.wall_seconds,
+        ttft=found.ttft_seconds,
+        tpot=found.tpot_seconds,
+        components={},
+    )
+
+
+def _fewest(
+    trace: BinnedTrace, deployment: Deployment, arrival_scale: float, patience: float
+) -> int:
+    def keep_up(count: int) -> bool:
+        found: Estimate = estimate(trace, deployment, count, arrival_scale=arrival_scale)
+        return found.waiting_seconds <= patience
+
+    low, high = 0, 1
+    while not keep_up(high):
+        if high >= _MOST_REPLICAS:
+            raise CapacityError(f"even {high} replicas cannot keep up with the arrivals")
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keep_up(middle) else (middle, high)
+    return high
+
+
+def _whole(replicas: int | str) -> int:
+    if not isinstance(replicas, int) or not 1 <= replicas <= _MOST_REPLICAS:
+        raise ConfigurationError(
+            f"--replicas {replicas} makes no sense; it is auto or 1 to {_MOST_REPLICAS}"
+        )
+    return replicas
+
+
+def _simulated(setting: Setting, workload: Workload, deployment: Deployment) -> Point:
+    if workload.requests is None:
+        raise ConfigurationError("the trace is too long to be simulated exactly here")
+    requests = replace(
+        workload.requests,
+        arrival_seconds=workload.requests.arrival_seconds / setting.arrival_scale,
+    )
+    longest = workload.binned.longest_tokens
+    if longest > deployment.max_model_len:
+        raise TraceError(
+            f"a request of {longest} tokens is longer than the {deployment.max_model_len} tokens "
+            f"that {deployment.model.name} is served with"
+        )
+    if longest > deployment.kv_tokens:
+        raise CapacityError(
+            f"a request of {longest} tokens does not fit the KV cache of {deployment.kv_tokens} "
+            "tokens"
+        )
+    served, count = serve_on_replicas(requests, setting.replicas, deployment)
+    ttft, tpot = latencies(requests, served)
+    return _point(
+        setting,
+        workload,
+        deployment,
+        count,
+        mode="exact",
+        active=served.prefill_joules + served.decode_joules,
+        idle=served.idle_joules,
+        wall=served.wall_seconds,
+        ttft=ttft,
+        tpot=tpot,
+        components=energy_parts(served)[0],
+    )
+
+
+def latencies(requests: Requests, served: Served) -> tuple[dict[str, float], dict[str, float]]:
+    """TTFT and TPOT percentiles [s] of an exact simulation; TPOT is empty without decoding."""
+    several = requests.output_tokens > 1
+    decoding = (served.finish_seconds - served.first_token_seconds)[several]
+    return (
+        _percentiles(served.first_token_seconds - requests.arrival_seconds),
+        _percentiles(decoding / (requests.output_tokens[several] - 1)),
+    )
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    if values.size == 0:
+        return {}
+    found = np.percentile(values, [50, 90, 99]).tolist()
+    return dict(zip(_PERCENTILES, found, strict=True))
+
+
+def _point(
+    setting: Setting,
+    workload: Workload,
+    deployment: Deployment,
+    replicas: int,
+    *,
+    mode: str,
+    active: float,
+    idle: float,
+    wall: float,
+    ttft: Mapping[str, float],
+    tpot: Mapping[str, float],
+    components: Mapping[str, float],
+) -> Point:
+    energy = active + idle
+    interval = deployment.calibration.intervals[deployment.serving.stack]
+    gpus = replicas * deployment.gpus_per_replica
+    price = workload.prices.get(deployment.gpu.name)
+    carbon = None
+    if setting.grid is not None:
+        carbon = energy * setting.pue / JOULES_PER_KWH * _grams_per_kwh(setting.grid)
+    return Point(
+        setting=setting,
+        mode=mode,
+        replicas=replicas,
+        gpus=gpus,
+        energy_joules=energy,
+        energy_joules_low=energy * interval.low,
+        energy_joules_high=energy * interval.high,
+        active_joules=active,
+        idle_joules=idle,
+        joules_per_request=energy / workload.binned.total_requests,
+        joules_per_output_token=energy / workload.output_tokens,
+        wall_seconds=wall,
+        average_watts=energy / wall,
+        ttft_seconds=dict(ttft),
+        tpot_seconds=dict(tpot),
+        usd=None if price is None else price * gpus * wall / 3600.0,
+        carbon_grams=carbon,
+        by_component_joules=dict(components),
+        origin=deployment.calibration.origin,
+    )

@@ -1,0 +1,373 @@
+"""The `whatif` command: options to a grid of settings, points to a table or a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from energymodel.errors import ConfigurationError
+from energymodel.terminal import check_writable, user_errors, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from energymodel.pareto import Comparison, Targets
+    from energymodel.sweep import Point, Setting, Workload
+
+_LARGEST_HELD_BYTES = 400e6  # of a trace file whose requests are held in memory
+
+
+class SweepFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
+    """How points are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    parquet = "parquet"
+
+
+def whatif(
+    trace: Annotated[
+        str, typer.Option(help="Trace file, `-` for stdin, or a built-in workload's name.")
+    ],
+    gpu: Annotated[str, typer.Option(help="GPUs, separated by commas, as all lists below.")],
+    model: Annotated[str, typer.Option(help="Models.")] = "llama-3.1-8b",
+    stack: Annotated[str, typer.Option(help="Stacks.")] = "vllm",
+    dtype: Annotated[str, typer.Option(help="Dtypes of the weights.")] = "bf16",
+    kv_dtype: Annotated[str | None, typer.Option(help="Dtypes of the KV cache.")] = None,
+    tensor_parallel: Annotated[str, typer.Option(help="GPUs a layer is split over.")] = "1",
+    pipeline_parallel: Annotated[str, typer.Option(help="Stages.")] = "1",
+    replicas: Annotated[str, typer.Option(help="Replicas; auto = the fewest.")] = "auto",
+    max_batch: Annotated[str, typer.Option(help="Sequences in flight.")] = "256",
+    max_step_tokens: Annotated[
+        str | None, typer.Option(help="Tokens a step.  [default: as vLLM]")
+    ] = None,
+    power_limit: Annotated[
+        str | None, typer.Option(help="Board power limits [W].  [default: the GPU's own]")
+    ] = None,
+    arrival_scale: Annotated[str, typer.Option(help="How many times faster arrivals come.")] = "1",
+    pue: Annotated[str, typer.Option(help="Power usage effectiveness of the site.")] = "1",
+    grid: Annotated[str | None, typer.Option(help="Grids, or their gCO2/kWh.")] = None,
+    objective: Annotated[str, typer.Option(help="energy, cost or carbon.")] = "energy",
+    ttft: Annotated[float | None, typer.Option(help="Most time to first token [s].")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Most time per output token [s].")] = None,
+    percentile: Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")] = "p99",
+    mode: Annotated[
+        str, typer.Option(help="binned (estimate, then confirm the best) or exact (simulate all).")
+    ] = "binned",
+    confirm: Annotated[int, typer.Option(help="Best points that are simulated exactly.")] = 10,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Two points' numbers, e.g. 1,4: why one takes less than the other."),
+    ] = None,
+    price: Annotated[
+        str | None, typer.Option(help="Prices, GPU=USD per hour.  [default: list prices]")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Points shown in the table.")] = 15,
+    format: Annotated[SweepFormat, typer.Option(help="How to print.")] = SweepFormat.table,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write there; points are kept beside it until all are done."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="loky (processes), threading, sequential or dask.")
+    ] = "loky",
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    jobs: Annotated[int, typer.Option(help="Workers.  [default: one per core]")] = -1,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context served.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
+    trace_format: Annotated[str | None, typer.Option(help="Force the trace's format.")] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration file in place of the GPUs' own.")
+    ] = None,
+) -> None:
+    """Compare many settings for a trace: the best, the Pareto front, and why."""
+    with user_errors():
+        check_writable(output)
+        if format is SweepFormat.parquet and output is None:
+            raise ConfigurationError("--format parquet needs --output FILE")
+        from energymodel.pareto import Targets  # noqa: PLC0415
+        from energymodel.sweep import MODES, grid_of  # noqa: PLC0415
+        from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
+
+        targets = Targets(ttft_seconds=ttft, tpot_seconds=tpot, percentile=percentile)
+        targets.check()
+        _choice("mode", mode, MODES)
+        _choice("objective", objective, ("energy", "cost", "carbon"))
+        if scheduler is not None and backend == "loky":
+            backend = "dask"
+        _choice("backend", backend, BACKENDS)
+        if scheduler is not None and backend != "dask":
+            raise ConfigurationError("--scheduler is for --backend dask")
+        axes: dict[str, Sequence[Any]] = {
+            "gpu": _values("gpu", gpu, str),
+            "model": _values("model", model, str),
+            "stack": _values("stack", stack, str),
+            "dtype": _values("dtype", dtype, str),
+            "tensor_parallel": _values("tensor-parallel", tensor_parallel, int),
+            "pipeline_parallel": _values("pipeline-parallel", pipeline_parallel, int),
+            "replicas": _values("replicas", replicas, _auto_or_int),
+            "max_batch": _values("max-batch", max_batch, int),
+            "arrival_scale": _values("arrival-scale", arrival_scale, float),
+            "pue": _values("pue", pue, float),
+        }
+        for name, text, kind in (
+            ("kv_dtype", kv_dtype, str),
+            ("max_step_tokens", max_step_tokens, int),
+            ("power_limit_watts", power_limit, float),
+            ("grid", grid, str),
+        ):
+            if text is not None:
+                axes[name] = _values(name.replace("_", "-"), text, kind)
+        settings = grid_of(axes)
+        workload = load_workload(
+            trace,
+            price=price,
+            max_model_len=max_model_len,
+            calibration=calibration,
+            seed=seed,
+            trace_format=trace_format,
+            strict=strict,
+        )
+        if workload.requests is None and (mode == "exact" or compare):
+            raise ConfigurationError(
+                f"{trace} is too large to be simulated for every setting; use --mode binned "
+                "without --compare, or a part of the trace"
+            )
+        pair = None if compare is None else _pair(compare, len(settings))
+        points, comparison = _sweep(
+            settings,
+            workload,
+            objective,
+            targets,
+            mode=mode,
+            confirm=confirm if workload.requests is not None else 0,
+            pair=pair,
+            journal=None if output is None else output.with_name(output.name + ".points.jsonl"),
+            backend=backend,
+            scheduler=scheduler,
+            jobs=jobs,
+        )
+        _print_points(points, objective, targets, comparison, top, format, output)
+
+
+def _sweep(
+    settings: Sequence[Setting],
+    workload: Workload,
+    objective: str,
+    targets: Targets,
+    *,
+    mode: str,
+    confirm: int,
+    pair: tuple[int, int] | None,
+    journal: Path | None,
+    **where: Any,
+) -> tuple[list[Point], Comparison | None]:
+    """Points in the order of the settings, the best of them exact, and the comparison."""
+    from energymodel.pareto import compare, ranking  # noqa: PLC0415
+    from energymodel.sweep_run import Journal, fingerprint, run_sweep  # noqa: PLC0415
+
+    kept = None if journal is None else Journal(journal, fingerprint(workload))
+    completed = False
+    try:
+        with progress(len(settings), f"{len(settings)} settings") as report:
+            points = run_sweep(settings, workload, mode=mode, journal=kept, report=report, **where)
+        if mode == "binned":
+            points = _confirmed(points, workload, objective, targets, confirm, kept, where)
+        comparison = None
+        if pair is not None:
+            chosen = [settings[i] for i in pair]
+            exact = run_sweep(chosen, workload, mode="exact", journal=kept, **where)
+            for number, point in zip(pair, exact, strict=True):
+                points[number] = point
+            comparison = compare(exact[0], exact[1], workload.binned.total_requests)
+        ranking(points, objective, targets)  # says early what is not known
+        completed = True
+    except KeyboardInterrupt:
+        if kept is not None:
+            typer.echo(
+                f"interrupted: {len(kept.points)} points are kept in {kept.path}; run the same "
+                "command again to go on",
+                err=True,
+            )
+            raise typer.Exit(130) from None
+        raise
+    finally:
+        if kept is not None:
+            kept.close(delete=completed)
+    return points, comparison
+
+
+def _confirmed(
+    points: list[Point],
+    workload: Workload,
+    objective: str,
+    targets: Targets,
+    confirm: int,
+    journal: Any,
+    where: dict[str, Any],
+) -> list[Point]:
+    """The same points, the `confirm` best replaced by exact ones, until those are the best."""
+    from energymodel.pareto import ranking  # noqa: PLC0415
+    from energymodel.sweep_run import run_sweep  # noqa: PLC0415
+
+    points = list(points)
+    for _ in range(3):  # exact points may fall behind, or miss targets: look again
+        best = ranking(points, objective, targets)[:confirm]
+        open_numbers = [i for i in best if points[i].mode == "binned"]
+        if not open_numbers:
+            break
+        with progress(len(open_numbers), f"confirming the best {len(open_numbers)}") as report:
+            exact = run_sweep(
+                [points[i].setting for i in open_numbers],
+                workload,
+                mode="exact",
+                journal=journal,
+                report=report,
+                **where,
+            )
+        for number, point in zip(open_numbers, exact, strict=True):
+            points[number] = point
+    return points
+
+
+def _print_points(
+    points: list[Point],
+    objective: str,
+    targets: Targets,
+    comparison: Comparison | None,
+    top: int,
+    form: SweepFormat,
+    output: Path | None,
+) -> None:
+    from energymodel import sweep_report  # noqa: PLC0415
+
+    if form is SweepFormat.parquet and output is not None:
+        write_bytes(sweep_report.as_parquet(points), output)
+        return
+    if form is SweepFormat.csv:
+        text = sweep_report.as_csv(points)
+    elif form is SweepFormat.json:
+        text = sweep_report.as_json(points, objective, targets, comparison)
+    else:
+        color = output is None and sys.stdout.isatty()
+        text = sweep_report.as_tables(points, objective, targets, comparison, top=top, color=color)
+    write_text(text, output)
+
+
+def load_workload(
+    trace: str,
+    *,
+    price: str | None,
+    max_model_len: int | None,
+    calibration: str | None,
+    seed: int,
+    trace_format: str | None,
+    strict: bool,
+) -> Workload:
+    """The trace in both forms, with prices; a very large file is only binned."""
+    from energymodel.prices import load_prices  # noqa: PLC0415
+    from energymodel.steady_state import summarise  # noqa: PLC0415
+    from energymodel.sweep import Workload  # noqa: PLC0415
+    from energymodel.traces import explain_dropped, read_batches  # noqa: PLC0415
+    from energymodel.workloads import load_requests  # noqa: PLC0415
+
+    prices = load_prices(_prices(price))
+    path = Path(trace)
+    if trace != "-" and path.is_file() and path.stat().st_size > _LARGEST_HELD_BYTES:
+        binned = summarise(read_batches(trace, trace_format=trace_format))
+        requests = None
+    else:
+        requests = load_requests(trace, trace_format=trace_format, strict=strict, seed=seed)
+        for rows in requests.dropped:
+            typer.echo(f"warning: {explain_dropped(rows)}", err=True)
+        binned = summarise(requests)
+    return Workload(
+        binned=binned,
+        requests=requests,
+        output_tokens=int(binned.output_tokens.sum()),
+        prices=prices,
+        max_model_len=max_model_len,
+        calibration=calibration,
+    )
+
+
+@contextmanager
+def progress(total: int, title: str) -> Iterator[Callable[[object], None]]:
+    """A bar on stderr, if that is a terminal; yields a function to call for each thing done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task)
+
+
+def _choice(option: str, value: str, known: Sequence[str]) -> None:
+    from energymodel.errors import unknown_name  # noqa: PLC0415
+
+    if value not in known:
+        raise ConfigurationError(unknown_name(option, value, known))
+
+
+def _values(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(kind(part.strip()))
+        except ValueError:
+            raise ConfigurationError(
+                f"--{option} {text}: '{part.strip()}' is no "
+                f"{'number' if kind in (int, float) else 'value'}; separate values by commas"
+            ) from None
+        if part.strip() == "":
+            raise ConfigurationError(f"--{option} {text}: there is an empty value")
+    return found
+
+
+def _auto_or_int(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
+
+
+def _prices(text: str | None) -> dict[str, float]:
+    prices = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        gpu, _, usd = part.partition("=")
+        try:
+            prices[gpu.strip()] = float(usd)
+        except ValueError:
+            raise ConfigurationError(
+                f"--price {text}: '{part.strip()}' is not GPU=USD, e.g. h100=2.50"
+            ) from None
+    return prices
+
+
+def _pair(text: str, count: int) -> tuple[int, int]:
+    numbers = _values("compare", text, int)
+    if len(numbers) != 2 or not all(1 <= n <= count for n in numbers):
+        raise ConfigurationError(
+            f"--compare {text}: give two numbers of points, 1 to {count}, e.g. 1,2"
+        )
+    return numbers[0] - 1, numbers[1] - 1
