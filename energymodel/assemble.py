@@ -180,15 +180,17 @@ def _naive_joules(
     }
     watts = naive.vidur_board_watts(rules.vidur_energy, gpu)
     if watts is not None:
+        # the rule is concave in MFU: busy and idle time apart, or it would see one half-busy GPU
+        busy = served.busy_seconds
         joules["vidur_energy"] = naive.vidur_energy_joules(
-            flops.sum(),
-            held,
+            np.array([flops.sum(), 0.0]),
+            np.array([busy, max(held - busy, 0.0)]),
             peak_flops_per_s=gpu.peak_flops_per_s[compute_dtype(deployment.serving.weight_dtype)],
             idle_watts=watts[0],
             max_watts=watts[1],
             rule=rules.vidur_energy,
             num_gpus=group,
-        )
+        ).sum()
     return {name: float(value) for name, value in joules.items()}
 
 

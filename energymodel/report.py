@@ -25,7 +25,7 @@ _Units = tuple[tuple[str, float], ...]  # name and size, largest first
 _JOULES: _Units = (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3), ("µJ", 1e-6))
 _WATT_HOURS: _Units = (("MWh", 3.6e9), ("kWh", 3.6e6), ("Wh", 3.6e3), ("mWh", 3.6))
 _GRAMS: _Units = (("t", 1e6), ("kg", 1e3), ("g", 1.0), ("mg", 1e-3))
-_COUNTS: _Units = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+_COUNTS: _Units = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 _SECONDS: _Units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 _MINUTES_FROM, _HOURS_FROM = 120.0, 7200.0  # seconds: smaller ones read better in the smaller unit
 
@@ -90,6 +90,11 @@ def seconds_text(seconds: float | None) -> str:
     elif seconds < _HOURS_FROM:
         units = units[1:]
     return _with_unit(seconds, units)
+
+
+def count_text(count: int) -> str:
+    """Whole below a thousand, then three significant digits: `51`, `2.91M`."""
+    return str(count) if count < 1000 else _with_unit(count, _COUNTS).replace(" ", "")
 
 
 def range_text(low: float, high: float) -> str:
@@ -289,7 +294,7 @@ def _bins(p: Prediction, gap: int) -> Table:
             f"{b.input_low}-{b.input_high}",
             f"{b.output_low}-{b.output_high}",
             f"{b.requests:,}",
-            _with_unit(b.input_tokens + b.output_tokens, _COUNTS).replace(" ", ""),
+            count_text(b.input_tokens + b.output_tokens),
             joules_text(b.energy_joules),
             _interval(b),
             joules_text(b.joules_per_request),

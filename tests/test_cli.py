@@ -23,7 +23,7 @@ from energymodel.cli import app
 from energymodel.datafiles import data_path
 from energymodel.gpus import list_gpus
 from energymodel.models import list_models
-from energymodel.report import joules_text, range_text, seconds_text, three_digits
+from energymodel.report import count_text, joules_text, range_text, seconds_text, three_digits
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "traces"
 needs_shared = pytest.mark.skipif(
@@ -214,6 +214,7 @@ def test_numbers_are_short_and_plain() -> None:
         "1.23",
         "0.0123",
     ]
+    assert [count_text(n) for n in (51, 999, 1000, 2_912_345)] == ["51", "999", "1.00k", "2.91M"]
     assert range_text(314e3, 784e3) == "314 - 784 kJ"
     assert range_text(900.0, 1100.0) == "900 J - 1.10 kJ"
 

@@ -21,6 +21,7 @@ from energymodel.errors import (
     ProfileError,
     TraceError,
 )
+from energymodel.naive import load_naive_rules
 from energymodel.results import Prediction
 from energymodel.traces import DroppedRows, Requests
 from energymodel.workload import predict
@@ -108,6 +109,18 @@ def test_the_naive_answers_of_a_request() -> None:
     (only,) = result.bins
     assert only.naive_flops_tdp_joules == pytest.approx(flops * 700.0 / 1e15)
     assert (only.input_low, only.input_high, only.output_low, only.output_high) == (1, 16, 1, 8)
+
+
+def test_the_rule_from_mfu_sees_busy_and_idle_time_apart() -> None:
+    # 0.1 s busy with almost no MFU, 0.95 s at its idle power of 50 W
+    result = run(trace((0.0, 10, 5), (1.0, 10, 5)), gpu=gpu(idle_watts=50.0))
+    flops = result.naive["flops_tdp_joules"] / 700.0 * 1e15
+    rule = load_naive_rules().vidur_energy
+    mfu = flops / 0.1 / 1e15
+    busy_watts = 50.0 + 650.0 * (mfu / rule.mfu_saturation) ** rule.exponent
+    expected = 0.1 * busy_watts + 0.95 * 50.0
+    assert result.naive["vidur_energy_joules"] == pytest.approx(expected)
+    assert "vidur_energy_joules" not in run(trace((0.0, 10, 5))).naive, "no idle power published"
 
 
 def test_replicas_idle_each_by_itself() -> None:
