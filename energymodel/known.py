@@ -10,7 +10,7 @@ from energymodel.deployment import STACKS
 from energymodel.gpus import list_gpus, load_gpu
 from energymodel.grids import list_grids
 from energymodel.models import list_models
-from energymodel.traces import known_formats
+from energymodel.trace_formats import known_formats
 from energymodel.units import TERA
 from energymodel.workloads import list_workloads
 

@@ -6,8 +6,6 @@ exact, a bad row never hides its neighbours, and memory grows by a few bytes a r
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,16 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.errors import TraceError, unknown_name
+from energymodel.errors import TraceError
 from energymodel.trace_dates import epoch_microseconds
 from energymodel.trace_files import (
-    HEAD_BYTES,
     check_lines,
     is_parquet,
     open_source,
     read_head,
     unreadable,
 )
+from energymodel.trace_formats import FORMATS, check_format, find_format, read_header
 
 if TYPE_CHECKING:
     import polars as pl
@@ -88,42 +86,6 @@ _CODES = {kind: code for code, kind in enumerate(ROW_FAULTS, start=1)}
 _BLANK = 255
 
 
-@dataclass(frozen=True, slots=True)
-class _Format:
-    time_columns: tuple[str, ...]  # any one of them
-    input_column: str
-    output_column: str
-    ticks_per_second: float  # of the time column; of microseconds if it holds dates
-    is_date: bool = False
-
-    def columns_in(self, found: Sequence[str]) -> tuple[str, str, str] | None:
-        """Its three columns as the file spells them, or None if one is missing."""
-        names = {column.strip().lower(): column for column in reversed(found)}
-        time = next((names[c.lower()] for c in self.time_columns if c.lower() in names), None)
-        tokens = [names.get(c.lower()) for c in (self.input_column, self.output_column)]
-        if time is None or tokens[0] is None or tokens[1] is None:
-            return None
-        return time, tokens[0], tokens[1]
-
-    def __str__(self) -> str:
-        return ",".join(["|".join(self.time_columns), self.input_column, self.output_column])
-
-
-_FORMATS = {
-    "azure": _Format(("TIMESTAMP",), "ContextTokens", "GeneratedTokens", 1e6, is_date=True),
-    "burstgpt": _Format(("Timestamp",), "Request tokens", "Response tokens", 1.0),
-    "mooncake": _Format(("timestamp", "timestamp_ms"), "input_length", "output_length", 1e3),
-    "vidur": _Format(("arrived_at",), "num_prefill_tokens", "num_decode_tokens", 1.0),
-    "splitwise": _Format(("arrival_timestamp",), "prompt_size", "token_size", 1.0),
-    "plain": _Format(("arrival_seconds",), "input_tokens", "output_tokens", 1.0),
-}
-
-
-def known_formats() -> tuple[str, ...]:
-    """Names that `trace_format` may take."""
-    return tuple(_FORMATS)
-
-
 def explain_dropped(dropped: DroppedRows) -> str:
     """One line on a kind of bad rows: how many, what is wrong, where the first are."""
     lines = ", ".join(str(line) for line in dropped.first_lines)
@@ -145,7 +107,7 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     path : str
         A file, or `-` for stdin.
     trace_format : str, optional
-        One of `known_formats()`; found from the columns if not given.
+        One of `trace_formats.known_formats()`; found from the columns if not given.
     strict : bool
         Refuse a trace with any bad row, instead of leaving bad rows out and counting them.
 
@@ -159,10 +121,9 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     TraceError
         If the file cannot be read, is no trace, or has no usable row; with `strict`, on any fault.
     """
-    if trace_format is not None and trace_format not in _FORMATS:
-        raise TraceError(unknown_name("trace format", trace_format, _FORMATS))
+    check_format(trace_format)
     where = "stdin" if path == "-" else path
-    source = open_source(path, lambda head: _read_header(head, where, trace_format))
+    source = open_source(path, lambda head: read_header(head, where, trace_format))
     import polars as pl  # noqa: PLC0415 (60 ms that only reading a trace should cost)
 
     try:
@@ -174,7 +135,7 @@ def read_trace(path: str, *, trace_format: str | None = None, strict: bool = Fal
     return _to_requests(
         where=where,
         trace_format=name,
-        ticks_per_second=_FORMATS[name].ticks_per_second,
+        ticks_per_second=FORMATS[name].ticks_per_second,
         first_line=first_line,
         strict=strict,
         columns=[rows[column].to_numpy() for column in ("time", "input", "output", "code")],
@@ -205,8 +166,7 @@ def read_batches(
     TraceError
         As in `read_trace`, and if a piece starts before the one above it has ended.
     """
-    if trace_format is not None and trace_format not in _FORMATS:
-        raise TraceError(unknown_name("trace format", trace_format, _FORMATS))
+    check_format(trace_format)
     if path == "-":
         raise TraceError("stdin cannot be read piece by piece; give a trace file")
     source = open_source(path, lambda head: None)
@@ -232,7 +192,7 @@ def read_batches(
                 yield _to_requests(
                     where=path,
                     trace_format=name,
-                    ticks_per_second=_FORMATS[name].ticks_per_second,
+                    ticks_per_second=FORMATS[name].ticks_per_second,
                     first_line=line,
                     strict=False,
                     columns=columns,
@@ -253,14 +213,14 @@ def _scan_parquet(
 
     table = pl.scan_parquet(BytesIO(source) if isinstance(source, bytes) else source, glob=False)
     schema = table.collect_schema()
-    name, columns = _find_format(list(schema), trace_format, where)
-    date = _FORMATS[name].is_date
+    name, columns = find_format(list(schema), trace_format, where)
+    date = FORMATS[name].is_date
     fields = [
         _typed(column, schema[column], where, date and index == 0)
         for index, column in enumerate(columns)
     ]
     never = pl.lit(False)
-    return _classify(table, fields, never, never, _FORMATS[name].ticks_per_second), 1, name
+    return _classify(table, fields, never, never, FORMATS[name].ticks_per_second), 1, name
 
 
 def _scan_text(
@@ -269,7 +229,7 @@ def _scan_text(
     """Lazy columns (time, input, output, code), the line of the first row, and the format."""
     import polars as pl  # noqa: PLC0415
 
-    header = _read_header(read_head(source, where), where, trace_format)
+    header = read_header(read_head(source, where), where, trace_format)
     quotes = check_lines(source, where)
     line = pl.col("line")
     blank = line.is_null() | (line.str.strip_chars() == "")
@@ -283,61 +243,15 @@ def _scan_text(
         parts = line.str.split_exact(separator, len(header.found)).struct
         fields = [parts[header.found.index(column)] for column in header.columns]
         extra = parts[len(header.found)].str.strip_chars() != ""  # a trailing separator is none
-    date = _FORMATS[header.name].is_date
+    date = FORMATS[header.name].is_date
     table = _classify(
         _scan_lines(source),
         [_text(field, date and index == 0) for index, field in enumerate(fields)],
         extra,
         blank,
-        _FORMATS[header.name].ticks_per_second,
+        FORMATS[header.name].ticks_per_second,
     )
     return table.slice(header.first_row), header.first_row + 1, header.name
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    name: str  # of the format
-    columns: tuple[str, str, str]  # time, input, output
-    found: list[str]  # all columns
-    separator: str | None  # None for JSON lines
-    first_row: int  # lines above it
-
-
-def _read_header(head: bytes, where: str, trace_format: str | None) -> _Header:
-    """Format and columns from the first bytes of a text file; refuses what is no trace."""
-    lines = _head_lines(head, where)
-    first = next((index for index, text in enumerate(lines) if text.strip()), None)
-    if first is None:
-        raise TraceError(f"{where}: the file holds only blank lines; a trace has a header and rows")
-    if lines[first].lstrip().startswith(("{", "[")):
-        found = _json_keys(lines[first], where)
-        name, columns = _find_format(found, trace_format, where)
-        return _Header(name, columns, found, None, first)
-    separator = max(",;\t", key=lines[first].count)
-    try:
-        found = next(csv.reader([lines[first].strip("\r")], delimiter=separator))
-    except csv.Error as error:
-        raise unreadable(where, error) from error
-    name, columns = _find_format(found, trace_format, where)
-    return _Header(name, columns, found, separator, first + 1)
-
-
-def _head_lines(head: bytes, where: str) -> list[str]:
-    """First lines of a text file; refuses what is empty, no text, or has no short lines."""
-    if not head:
-        raise TraceError(f"{where}: the file is empty; a trace has a header and one row a request")
-    text = head.decode("utf-8-sig", errors="replace")
-    if "\0" in text or text.count("\ufffd") > len(text) / 10:
-        raise TraceError(
-            f"{where}: binary data, not a trace; give CSV or JSON lines in UTF-8 (plain, gzip or "
-            "zstd) or Parquet"
-        )
-    if len(head) == HEAD_BYTES and head.count(b"\n") < 2:
-        raise TraceError(
-            f"{where}: the first two lines are longer than {HEAD_BYTES:,} bytes; a trace has "
-            "a header line and one line for each request"
-        )
-    return text.split("\n")
 
 
 def _scan_lines(source: Path | bytes) -> pl.LazyFrame:
@@ -352,45 +266,6 @@ def _scan_lines(source: Path | bytes) -> pl.LazyFrame:
         encoding="utf8-lossy",
         raise_if_empty=False,
         glob=False,
-    )
-
-
-def _json_keys(text: str, where: str) -> list[str]:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise TraceError(
-            f"{where}: the first line is not one JSON object; write one object a line (JSON lines)"
-        )
-    return [key for key in record if "'" not in key]
-
-
-def _find_format(
-    found: Sequence[str], trace_format: str | None, where: str
-) -> tuple[str, tuple[str, str, str]]:
-    """Name of the format whose columns are there, and those columns: time, input, output."""
-    shown = ",".join(found[:20]) + (",..." if len(found) > 20 else "")
-    shown = shown if len(shown) <= 300 else shown[:300] + "..."
-    candidates = [trace_format] if trace_format else list(_FORMATS)
-    matches = [
-        (name, columns) for name in candidates if (columns := _FORMATS[name].columns_in(found))
-    ]
-    if len(matches) == 1:
-        _, columns = matches[0]
-        spelled = [column.strip().lower() for column in found]
-        for column in columns:
-            if spelled.count(column.strip().lower()) > 1:
-                raise TraceError(f"{where}: has two columns named {column!r}; leave out one")
-        return matches[0]
-    if matches:
-        names = " and ".join(name for name, _ in matches)
-        raise TraceError(f"{where}: has the columns of {names}; choose with --trace-format")
-    needed = "; ".join(f"{name}: {_FORMATS[name]}" for name in candidates)
-    raise TraceError(
-        f"{where}: these are not the columns of a known trace format. Found: {shown!r}. "
-        f"Needed ({'|'.join(candidates)}): {needed}"
     )
 
 

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from energymodel.errors import EnergyModelError, TraceError
+from energymodel.trace_formats import known_formats
 from energymodel.traces import (
     MAX_TOKENS,
     ROW_FAULTS,
     explain_dropped,
-    known_formats,
     read_trace,
 )
 
