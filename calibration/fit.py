@@ -21,7 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.calibrations import Calibration, KernelCalibration
-from energymodel.roofline import OperatorCosts, kernel_costs, step_seconds_and_joules
+from energymodel.roofline import (
+    EIGHT_BIT,
+    OperatorCosts,
+    kernel_costs,
+    step_seconds_and_joules,
+)
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
@@ -115,6 +120,7 @@ def row_costs(
         gemm_rows=rows.gemm_rows,
         gemm_columns=rows.gemm_columns,
         flops_per_s=np.array([gpu.peak_flops_per_s.get(d, np.nan) for d in rows.dtype]),
+        eight_bit=np.array([d in EIGHT_BIT for d in rows.dtype]),
         bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
         joules_per_flop=np.array([calibration.joules_per_flop.get(d, np.nan) for d in rows.dtype]),
         gpu=gpu,
@@ -130,11 +136,19 @@ _TIME_BOUNDS: Mapping[str, tuple[float, float]] = {
     "sharpness": (1.0, 16.0),
     "wave_exponent": (1e-3, 1.0),
     "tile_seconds": (1e-9, 1e-4),
+    "eight_bit_efficiency": (0.1, 1.5),
 }
 """Physical ranges; efficiencies may pass 1 a little where boards run above the datasheet clock."""
 
 TIME_PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "gemm": tuple(_TIME_BOUNDS),
+    "gemm": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "sharpness",
+        "wave_exponent",
+        "tile_seconds",
+    ),
     "moe": (
         "compute_efficiency",
         "memory_efficiency",
@@ -158,7 +172,9 @@ TIME_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "sampling": ("memory_efficiency", "call_seconds"),
     "communication": ("memory_efficiency", "call_seconds", "sharpness"),
 }
-"""What is fitted for each class: no more than its cases can tell apart."""
+"""What is fitted for each class from 16-bit rows: no more than its cases can tell apart. Rows of
+8-bit products only, `EIGHT_BIT_PARAMETERS`."""
+EIGHT_BIT_PARAMETERS = ("eight_bit_efficiency",)
 
 
 def predicted_seconds(
@@ -200,7 +216,9 @@ def fit_kernel_seconds(
     from scipy.optimize import least_squares  # noqa: PLC0415
 
     rows = rows.of_class(op_class)
-    names = [n for n in TIME_PARAMETERS[op_class] if n not in keep]
+    only_eight_bit = all(d in EIGHT_BIT for d in rows.dtype)
+    fitted = EIGHT_BIT_PARAMETERS if only_eight_bit else TIME_PARAMETERS[op_class]
+    names = [n for n in fitted if n not in keep]
     start = calibration.kernels[op_class]
     low, high = (np.log([_TIME_BOUNDS[n][i] for n in names]) for i in (0, 1))
     measured = np.log(rows.seconds)

@@ -30,10 +30,17 @@ from calibration.fit import (
     fit_kernel_seconds,
     fit_watts,
     held_out_seconds,
+    predicted_seconds,
     predicted_watts,
     summarize,
 )
-from calibration.public_tables import COMMIT, REPOSITORY, read_rows, used_files
+from calibration.public_tables import (
+    COMMIT,
+    REPOSITORY,
+    read_eight_bit_gemm,
+    read_rows,
+    used_files,
+)
 from energymodel.calibrations import Calibration, load_calibration, save_calibration
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
@@ -43,7 +50,12 @@ SAME_CHIP: Mapping[str, str] = {"h200": "h100", "h100": "h200"}
 """GPUs with the same chip. The H100's tables ran at the highest clock and hold no power; the
 H200's ran under the limit, with power and with fused experts."""
 _HIGHEST_CLOCK = "h100"
-_CHIP_PARAMETERS = ("compute_efficiency", "tile_seconds", "wave_exponent")
+_CHIP_PARAMETERS = (
+    "compute_efficiency",
+    "tile_seconds",
+    "wave_exponent",
+    "eight_bit_efficiency",
+)
 _CHIP_CLASSES = ("gemm", "attention_prefill")
 _ADDITIVE = ("attention_prefill",)
 """Classes whose compute and memory times add: their step statistics are tabulated one by one."""
@@ -94,6 +106,33 @@ def fit_kernels(
     return fitted, errors
 
 
+def fit_eight_bit(
+    rows: KernelRows, gpu: GpuSpec, calibration: Calibration
+) -> tuple[Calibration, ErrorSummary]:
+    """Calibration with the efficiency of 8-bit products fitted; its held-out error.
+
+    The rows hold the kernel that quantises the activations (16 bits read, 8 written); its time
+    is taken off. In a served model the compiler fuses it with the kernel before.
+    """
+    inner = rows.executed_flops / (2.0 * rows.gemm_rows * rows.gemm_columns)
+    none = np.zeros(len(rows))
+    quantise = replace(
+        rows,
+        op_class=("elementwise",) * len(rows),
+        executed_flops=none,
+        hbm_bytes=none,
+        activation_bytes=3.0 * rows.gemm_rows * inner,
+        tiles=none,
+        gemm_rows=none,
+        gemm_columns=none,
+    )
+    seconds = rows.seconds - predicted_seconds(quantise, gpu, calibration)
+    rows = replace(rows, seconds=np.maximum(seconds, 0.1 * rows.seconds))
+    error = summarize(held_out_seconds(rows, gpu, calibration, "gemm"), rows.seconds)
+    gemm = fit_kernel_seconds(rows, gpu, calibration, "gemm")
+    return replace(calibration, kernels={**calibration.kernels, "gemm": gemm}), error
+
+
 def fit_public(name: str, tables: Path) -> Calibration:
     """Calibration of GPU `name` with its kernel part fitted to the tables in a folder.
 
@@ -109,6 +148,9 @@ def fit_public(name: str, tables: Path) -> Calibration:
     if twin == _HIGHEST_CLOCK:
         chip = _fit_own(twin, tables)
     fitted, errors = fit_kernels(rows, gpu, before, chip)
+    eight_bit = read_eight_bit_gemm(tables, gpu)
+    if eight_bit is not None:
+        fitted, errors["gemm 8-bit"] = fit_eight_bit(eight_bit, gpu, fitted)
     counts = {c: rows.op_class.count(c) for c in dict.fromkeys(rows.op_class)}
     provenance: dict[str, Any] = {
         "source": f"{REPOSITORY}@{COMMIT}, Apache-2.0",
@@ -138,7 +180,9 @@ def fit_public(name: str, tables: Path) -> Calibration:
 
 def _fit_own(name: str, tables: Path) -> Calibration:
     gpu = load_gpu(name)
-    return fit_kernels(read_rows(tables, gpu), gpu, load_calibration(name))[0]
+    fitted, _ = fit_kernels(read_rows(tables, gpu), gpu, load_calibration(name))
+    eight_bit = read_eight_bit_gemm(tables, gpu)
+    return fitted if eight_bit is None else fit_eight_bit(eight_bit, gpu, fitted)[0]
 
 
 def _borrowed(fitted: Calibration, twin: Calibration, missing: list[str]) -> Calibration:

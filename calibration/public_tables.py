@@ -107,6 +107,13 @@ def read_rows(folder: Path, gpu: GpuSpec) -> KernelRows:
     return KernelRows.join(parts)
 
 
+def read_eight_bit_gemm(folder: Path, gpu: GpuSpec) -> KernelRows | None:
+    """GEMMs of fp8 with one scale per tensor, quantising included; None if the GPU has none."""
+    path = table_path(folder, gpu.name, "gemm")
+    rows = read_gemm(path, gpu, "fp8") if path is not None else None
+    return rows if rows is not None and len(rows) else None
+
+
 def read_gemm(path: Path, gpu: GpuSpec, dtype: str = "bf16") -> KernelRows:
     """GEMM rows whose weights come from device memory; a family is one (n, k)."""
     import polars as pl  # noqa: PLC0415

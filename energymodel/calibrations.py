@@ -45,6 +45,8 @@ class KernelCalibration:
     """How much a partly filled last wave of tiles costs [-], 0 = nothing, 1 = a full wave."""
     tile_seconds: float = 0.0
     """Time an SM spends on a tile before and after its arithmetic [s]."""
+    eight_bit_efficiency: float = 1.0
+    """Compute efficiency of 8-bit products relative to 16-bit ones [-]."""
     active_watts: float = 0.0
     """Power of the busy SMs above the base, whatever they compute [W]; not in the fixed time."""
     flop_energy_factor: float = 1.0

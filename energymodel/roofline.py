@@ -33,6 +33,8 @@ from energymodel.specs import GpuSpec
 Array = NDArray[np.float64]
 
 _ROWS, _TOKENS = STATS.index("rows"), STATS.index("tokens")
+EIGHT_BIT = ("fp8", "int8")
+"""Compute dtypes of 8 bits."""
 _MMA_ROWS = 16
 """Rows a GEMM is padded to: tokens lie on the N side of the matrix instruction, whose N is a
 multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take tiles of 16."""
@@ -106,6 +108,7 @@ def operator_costs(
         gemm_rows=rows,
         gemm_columns=table.gemm_n,
         flops_per_s=np.array([_peak(gpu, d) for d in table.compute_dtype]),
+        eight_bit=np.array([d in EIGHT_BIT for d in table.compute_dtype]),
         bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
         joules_per_flop=np.array([_joules_per_flop(calibration, d) for d in table.compute_dtype]),
         gap_seconds=calibration.kernel_gap_seconds,
@@ -126,6 +129,7 @@ def kernel_costs(
     gemm_rows: Array,
     gemm_columns: Array,
     flops_per_s: Array,
+    eight_bit: NDArray[np.bool_],
     bytes_per_s: Array,
     joules_per_flop: Array,
     gpu: GpuSpec,
@@ -140,6 +144,7 @@ def kernel_costs(
     executed_flops, hbm_bytes, activation_bytes, link_bytes, tiles : work of all `calls` together
     gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
     flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
+    eight_bit : whether the kernel multiplies 8-bit numbers
     gap_seconds : time between a kernel and the next; 0 for kernels repeated alone
     parameter : values of a field of `KernelCalibration`, by its name
     """
@@ -155,6 +160,7 @@ def kernel_costs(
     padding = np.where(is_gemm, np.ceil(rows / _MMA_ROWS) * _MMA_ROWS / rows, 1.0)
     fill = np.where(is_gemm, wave_fill(rows, np.maximum(gemm_columns, 1.0), gpu.sm_count), 1.0)
     efficiency = parameter("compute_efficiency") * fill ** parameter("wave_exponent")
+    efficiency = efficiency * np.where(eight_bit, parameter("eight_bit_efficiency"), 1.0)
     compute = executed_flops * padding / (flops_per_s * efficiency)
     tiling = tiles * padding * parameter("tile_seconds") / gpu.sm_count
 
