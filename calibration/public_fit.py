@@ -102,7 +102,9 @@ def fit_kernels(
         for c in classes
     }
     if has_watts:
-        errors["watts (fitted rows)"] = summarize(predicted_watts(risen, gpu, fitted), risen.watts)
+        errors["watts (fitted rows)"] = summarize(
+            predicted_watts(risen, gpu, fitted), risen.watts
+        )
     return fitted, errors
 
 
@@ -217,15 +219,17 @@ def _main(
     out: Annotated[Path | None, typer.Option(help="file to write; without it, only errors")] = None,
 ) -> None:
     """Fit the kernel part of a calibration to public tables."""
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"{out.parent} is not a folder", param_hint="--out")
     try:
         fitted = fit_public(gpu, tables)
     except EnergyModelError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(f"{'class':22}{'n':>7}{'median':>9}{'p90':>9}{'max':>9}{'bias':>9}")
+    typer.echo(f"{'class':28}{'n':>7}{'median':>9}{'p90':>9}{'max':>9}{'bias':>9}")
     for name, e in fitted.provenance["held_out_errors"].items():
         shares = "".join(f"{100 * e[k]:8.1f}%" for k in ("median", "p90", "max", "bias"))
-        typer.echo(f"{name:22}{e['n']:7d}{shares}")
+        typer.echo(f"{name:28}{e['n']:7d}{shares}")
     if out is not None:
         save_calibration(fitted, out)
 

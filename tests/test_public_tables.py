@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,36 @@ def test_a_folder_without_tables_and_a_broken_table_are_refused(tmp_path: Path) 
     path = write(tmp_path, "gemm", gemm_dtype=["bfloat16"], m=[1])
     with pytest.raises(EnergyModelError, match=path.name):
         read_rows(tmp_path, H200)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "calibration.public_fit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+    unknown = run("b300", "--tables", str(tmp_path))
+    assert unknown.returncode == 2
+    assert "h100" in unknown.stderr
+    empty = run("a100", "--tables", str(tmp_path))
+    assert empty.returncode == 2
+    assert "no table of a100" in empty.stderr
+    nowhere = run("a100", "--tables", str(tmp_path), "--out", str(tmp_path / "no" / "a100.json"))
+    assert nowhere.returncode == 2
+    assert "Traceback" not in unknown.stderr + empty.stderr + nowhere.stderr
+
+
+@needs_tables
+def test_command_writes_a_calibration_again(tmp_path: Path) -> None:
+    out = tmp_path / "a100.json"
+    result = run("a100", "--tables", str(TABLES), "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    written, shipped = load_calibration(str(out)), load_calibration("a100")
+    assert written.stacks == shipped.stacks
+    if shipped.origin == "public-data":
+        for name, kernel in shipped.kernels.items():
+            again = written.kernels[name]
+            assert again.memory_efficiency == pytest.approx(kernel.memory_efficiency, rel=0.01)
 
 
 @needs_tables
