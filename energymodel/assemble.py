@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel import naive
+from energymodel import __version__, naive
 from energymodel.accounting import Served, energy_parts
 from energymodel.bins import EXACT_GRID, PAPER_GRID, bin_requests
 from energymodel.calibrations import IntervalCalibration
@@ -93,6 +93,7 @@ def assemble(
         ),
         excluded_requests=dict(excluded),
         provenance={
+            "energymodel_version": __version__,
             "origin": calibration.origin,
             "interval_basis": interval.basis,
             "calibration_gpu": calibration.gpu,

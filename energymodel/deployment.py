@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from energymodel.calibrations import Calibration, list_calibrations, load_calibration
 from energymodel.costs import CostTables, cost_tables
-from energymodel.errors import ConfigurationError, ProfileError, unknown_name
+from energymodel.errors import CapacityError, ConfigurationError, ProfileError, unknown_name
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
 from energymodel.operators import compute_dtype
@@ -101,12 +101,13 @@ def deploy(
         max_model_len=max_model_len,
     )
     fitted = _calibration(gpu_spec, calibration)
+    try:
+        costs = cost_tables(model_spec, serving, gpu_spec, fitted)
+    except CapacityError as error:
+        smaller = _smaller_checkpoint(model_spec, serving, gpu_spec)
+        raise CapacityError(f"{error}. {smaller}" if smaller else str(error)) from error
     return Deployment(
-        gpu=gpu_spec,
-        model=model_spec,
-        serving=serving,
-        calibration=fitted,
-        costs=cost_tables(model_spec, serving, gpu_spec, fitted),
+        gpu=gpu_spec, model=model_spec, serving=serving, calibration=fitted, costs=costs
     )
 
 
@@ -119,12 +120,28 @@ def setup_warnings(deployment: Deployment) -> list[str]:
             f"--max-model-len {deployment.max_model_len} exceeds the {model.max_model_len} tokens "
             f"{model.name} allows"
         )
+    if smaller := _smaller_checkpoint(model, deployment.serving, gpu):
+        warnings.append(smaller)
     if calibration.gpu != gpu.name:
         warnings.append(
             f"the calibration is of {calibration.gpu}, not of {gpu.name}: energy and time are as "
             "if this GPU used its peaks as that one does, and drew that one's power"
         )
     return warnings
+
+
+def _smaller_checkpoint(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> str:
+    """A hint where the published weights are smaller than those served; else empty."""
+    stored, served = model.checkpoint_dtype, serving.weight_dtype
+    if stored is None or model.expert_dtype is not None:  # experts keep their own dtype anyway
+        return ""
+    smaller = BYTES_PER_ELEMENT[stored] < min(BYTES_PER_ELEMENT[served], 2.0)
+    if not smaller or compute_dtype(stored) not in gpu.peak_flops_per_s:
+        return ""
+    return (
+        f"The checkpoint of {model.name} stores {stored} weights, --dtype {served} counts larger "
+        f"ones; --dtype {stored} serves it as published"
+    )
 
 
 def _calibration(gpu: GpuSpec, given: str | Calibration | None) -> Calibration:

@@ -511,6 +511,17 @@ def test_a_model_that_does_not_fit_says_how_many_gpus_would() -> None:
     assert run(trace((0.0, 10, 5)), **options, tensor_parallel=enough).gpus == enough
 
 
+def test_a_checkpoint_smaller_than_the_dtype_served_is_pointed_out() -> None:
+    model = replace(llama_8b(), checkpoint_dtype="fp8")
+    hint = "stores fp8 weights, --dtype bf16 counts larger ones; --dtype fp8 serves it as published"
+    assert any(hint in warning for warning in run(trace((0.0, 10, 5)), model=model).warnings)
+    assert run(trace((0.0, 10, 5)), model=model, dtype="fp8").warnings == ()
+    with pytest.raises(CapacityError, match="would do. The checkpoint .* " + hint[:18]):
+        run(trace((0.0, 10, 5)), model=model, gpu=gpu(hbm_bytes=16e9))
+    without = gpu(peak_flops_per_s={"bf16": 1e15, "fp16": 1e15})
+    assert run(trace((0.0, 10, 5)), model=model, gpu=without).warnings == ()
+
+
 def test_no_number_of_gpus_is_named_that_the_heads_do_not_allow() -> None:
     (layer,) = llama_8b().layers
     odd = replace(layer, attention=replace(layer.attention, num_heads=35, num_kv_heads=7))
