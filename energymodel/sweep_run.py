@@ -157,27 +157,15 @@ def run_sweep(
     for setting in settings:
         if setting in done:
             report(done[setting])
-    for attempt in range(_ATTEMPTS):
-        missing = [setting for setting in wanted if setting not in done]
-        if not missing:
-            break
-        try:
-            with _parallel(backend, scheduler, jobs, workload) as run:
-                for points in run(_chunks(missing, mode), mode):
-                    for point in points:
-                        done[point.setting] = point
-                        if journal is not None:
-                            journal.add(point)
-                        report(point)
-        except Exception as error:
-            if not _worker_died(error):
-                raise
-            if attempt == _ATTEMPTS - 1:
-                kept = f", {len(done)} points are kept" if journal is not None else ""
-                raise SweepError(
-                    f"workers died {_ATTEMPTS} times (killed, or out of memory?){kept}; try fewer "
-                    "with --jobs"
-                ) from error
+    tasks = [(chunk, mode) for chunk in _chunks(wanted, mode)]
+    for _, points in run_tasks(
+        _evaluate_chunk, tasks, workload, backend=backend, scheduler=scheduler, jobs=jobs
+    ):
+        for point in points:
+            done[point.setting] = point
+            if journal is not None:
+                journal.add(point)
+            report(point)
     return [done[setting] for setting in settings]
 
 
@@ -198,29 +186,91 @@ def _chunks(settings: Sequence[Setting], mode: str) -> list[list[Setting]]:
     return chunks
 
 
-def evaluate_all(settings: Sequence[Setting], workload: Workload, mode: str) -> list[Point]:
+def _evaluate_chunk(task: tuple[Sequence[Setting], str], workload: Workload) -> list[Point]:
     """What a worker does."""
+    settings, mode = task
     return [evaluate(setting, workload, mode) for setting in settings]
 
 
+def run_tasks(
+    function: Callable[[Any, Any], Any],
+    tasks: Sequence[Any],
+    shared: Any,
+    *,
+    backend: str = "loky",
+    scheduler: str | None = None,
+    jobs: int = -1,
+) -> Iterator[tuple[int, Any]]:
+    """Call `function(task, shared)` for every task, in parallel; tasks of lost workers again.
+
+    Parameters
+    ----------
+    function : defined in a module, so that workers can import it
+    tasks : first arguments
+    shared : second argument of all, sent to a cluster once
+    backend, scheduler, jobs : as in `run_sweep`
+
+    Yields
+    ------
+    The task's number and its result, as they come.
+
+    Raises
+    ------
+    SweepError
+        If the scheduler cannot be reached, or workers keep dying.
+    """
+    open_tasks = dict(enumerate(tasks))
+    for attempt in range(_ATTEMPTS):
+        if not open_tasks:
+            return
+        try:
+            with _workers(backend, scheduler, jobs, shared) as run:
+                for number, result in run(function, list(open_tasks.items())):
+                    del open_tasks[number]
+                    yield number, result
+        except Exception as error:
+            if not _worker_died(error):
+                raise
+            if attempt == _ATTEMPTS - 1:
+                raise SweepError(
+                    f"workers died {_ATTEMPTS} times (killed, or out of memory?), "
+                    f"{len(tasks) - len(open_tasks)} of {len(tasks)} tasks are done; try fewer "
+                    "with --jobs"
+                ) from error
+
+
+def _numbered(
+    function: Callable[[Any, Any], Any], number: int, task: Any, shared: Any
+) -> tuple[int, Any]:
+    return number, function(task, shared)
+
+
+_Run = Callable[[Callable[[Any, Any], Any], list[tuple[int, Any]]], Iterator[tuple[int, Any]]]
+
+
 @contextmanager
-def _parallel(
-    backend: str, scheduler: str | None, jobs: int, workload: Workload
-) -> Iterator[Callable[[list[list[Setting]], str], Iterator[list[Point]]]]:
-    """A function that evaluates chunks and yields their points as they come."""
+def _workers(backend: str, scheduler: str | None, jobs: int, shared: Any) -> Iterator[_Run]:
+    """A function that runs numbered tasks and yields their results as they come."""
     import joblib  # noqa: PLC0415 (140 ms that only a sweep should cost)
 
-    def run(chunks: list[list[Setting]], mode: str) -> Iterator[list[Point]]:
-        calls = (joblib.delayed(evaluate_all)(chunk, workload, mode) for chunk in chunks)
+    def run(
+        function: Callable[[Any, Any], Any], tasks: list[tuple[int, Any]]
+    ) -> Iterator[tuple[int, Any]]:
+        call = joblib.delayed(_numbered)
         workers = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
-        found: Iterator[list[Point]] = workers(calls)
+        found: Iterator[tuple[int, Any]] = workers(
+            call(function, number, task, shared) for number, task in tasks
+        )
         return found
 
     if backend != "dask":
         with joblib.parallel_config(backend=backend, n_jobs=jobs):
             yield run
         return
-    with _dask_client(scheduler, jobs), joblib.parallel_config(backend="dask", scatter=[workload]):
+    with (
+        _dask_client(scheduler, jobs),
+        joblib.parallel_config(backend="dask", scatter=[shared]),
+    ):
         yield run
 
 

@@ -276,14 +276,15 @@ def test_a_journal_of_another_trace_is_refused(conv: Workload, tmp_path: Path) -
         Journal(path, fingerprint(conv))
 
 
-def _die_once(marker: Path, settings: list[Setting], trace: Workload, mode: str) -> list[object]:
+def _die_once(marker: Path, task: tuple[list[Setting], str], trace: Workload) -> list[object]:
+    settings, mode = task
     if settings[0].gpu == "h100" and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return [evaluate(setting, trace, mode) for setting in settings]
 
 
-def _die_always(settings: list[Setting], trace: Workload, mode: str) -> list[object]:
+def _die_always(task: object, trace: Workload) -> list[object]:
     os.kill(os.getpid(), signal.SIGKILL)
     return []
 
@@ -297,7 +298,7 @@ def small() -> Workload:
 def test_a_killed_process_loses_nothing(
     small: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_run, "evaluate_all", partial(_die_once, tmp_path / "died"))
+    monkeypatch.setattr(sweep_run, "_evaluate_chunk", partial(_die_once, tmp_path / "died"))
     points = run_sweep(SETTINGS, small, mode="exact", backend="loky", jobs=2)
     assert (tmp_path / "died").exists()
     assert points == [evaluate(setting, small, "exact") for setting in SETTINGS]
@@ -307,7 +308,7 @@ def test_a_killed_process_loses_nothing(
 def test_processes_that_keep_dying_end_the_sweep(
     small: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_run, "evaluate_all", _die_always)
+    monkeypatch.setattr(sweep_run, "_evaluate_chunk", _die_always)
     with pytest.raises(SweepError, match="died 3 times"):
         run_sweep(SETTINGS, small, mode="exact", backend="loky", jobs=2)
 
@@ -320,7 +321,7 @@ def test_a_killed_dask_worker_loses_nothing(
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None
     ) as cluster:
-        monkeypatch.setattr(sweep_run, "evaluate_all", partial(_die_once, tmp_path / "died"))
+        monkeypatch.setattr(sweep_run, "_evaluate_chunk", partial(_die_once, tmp_path / "died"))
         points = run_sweep(
             SETTINGS, small, mode="exact", backend="dask", scheduler=cluster.scheduler_address
         )
