@@ -320,9 +320,9 @@ def physics_section(validation: Validation, public: Path) -> str:
     lines = [
         "## Check of the physics",
         "",
-        'Cases that can be worked out by hand. "-": nobody published the figure. Calibrations that '
-        f"answered: {origins}. A sum of kernels is a figure of other people's only as long as the "
-        "calibration was not fitted to the same kernels.",
+        'Cases that can be worked out by hand. "-": nobody published the figure; "own": this '
+        f"project measured it. Calibrations that answered: {origins}. A sum of kernels "
+        "is no test where the calibration was fitted to the same kernels.",
         "",
         "| case | quantity | predicted | measured | error % | by whom |",
         "| --- | --- | ---: | ---: | ---: | --- |",
