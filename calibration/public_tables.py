@@ -14,7 +14,9 @@ taken with its own collector inside vLLM. What its rows are, read from the colle
 - Attention: one call per replay on the same cache, so caches below twice the L2 are warm and
   left out of decode; short calls (7 to 12 us) time the replay itself. Fewer than 8 heads are
   left out. Context rows hold whole
-  prompts only, and write the cache. Prompts under a tile of 128 tokens are left out: the
+  prompts only. Those of vLLM 0.14 and 0.24 write the cache too: with keys and values counted
+  three times there (read, written, read) and once for 0.22 the fits of the same chip agree on
+  the rest. Prompts under a tile of 128 tokens are left out: the
   kernel packs the heads of a group into a tile there, the simulator does not.
 - MoE: one call of the whole fused expert path (alignment, two GEMMs, activation, sum), expert
   parallelism 1 here. Loads by expert are drawn again from the collector's own law; where it drew
@@ -65,6 +67,8 @@ _TRUSTED_SECONDS = 1.0
 _LARGEST_GEMM = 16384
 """Rows of the largest GEMM used [tokens]: no step is larger."""
 _NARROWEST_EXPERT = 256
+_WRITES_CACHE = ("0.14.0", "0.24.0")
+"""vLLM versions whose attention rows hold the writing of the cache."""
 _FEWEST_HEADS = 8
 """Query heads on one GPU, from which on attention fills it."""
 
@@ -149,6 +153,7 @@ def read_context_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         for c in ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim")
     )
     rows = np.ceil(length / TILE) * TILE
+    passes = np.where(table["version"].is_in(_WRITES_CACHE).to_numpy(), 3.0, 1.0)
     pairs = batch * rows * (rows + TILE) / 2.0
     return _rows(
         table,
@@ -156,7 +161,7 @@ def read_context_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         "bf16",
         family=_HEADS,
         executed_flops=4.0 * heads * (width + SOFTMAX_WIDTH) * pairs,
-        activation_bytes=batch * rows * (2.0 * heads + 2.0 * kv) * width * 2.0,
+        activation_bytes=4.0 * batch * rows * (heads + passes * kv) * width,
         tiles=batch * rows * heads / TILE,
     )
 

@@ -71,6 +71,7 @@ def attention(**columns: object) -> dict[str, object]:
         "kv_cache_dtype": ["bfloat16"] * 3,
         "window_size": [0, 0, 0],
         "latency": [0.4, 0.4, 0.01],
+        "version": ["0.22.0"] * 3,
     }
     return base | columns
 
@@ -90,6 +91,11 @@ def test_prefill_attention_fills_tiles_like_the_simulator(tmp_path: Path) -> Non
     pairs = 256 * (256 + TILE) / 2
     assert rows.executed_flops == pytest.approx([64 * 32 * 4 * (128 + SOFTMAX_WIDTH) * pairs])
     assert rows.tiles == pytest.approx([64 * 2 * 32])
+    # queries and outputs, keys and values once each
+    assert rows.activation_bytes == pytest.approx([64 * 256 * (2 * 32 + 2 * 8) * 128 * 2])
+    columns["version"] = ["0.24.0"] * 3
+    writing = read_context_attention(write(tmp_path, "context_attention", **columns), H200)
+    assert writing.activation_bytes == pytest.approx([64 * 256 * (2 * 32 + 6 * 8) * 128 * 2])
 
 
 def test_experts_of_a_balanced_batch(tmp_path: Path) -> None:
