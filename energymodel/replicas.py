@@ -13,6 +13,7 @@ from energymodel.traces import Requests
 
 MOST_REPLICAS = 65536
 _HOPELESS_SECONDS = 600.0  # no trace is refused for a shorter wait
+_ROUNDING = 1e-9  # of times that are sums over many steps
 _SAMPLED_REPLICAS = 4  # simulated to judge a number of replicas while searching
 
 
@@ -152,6 +153,9 @@ def _add_up(
     first, finish, joules = _gather(runs, requests.input_tokens.size, count)
     wall = float(finish.max())
     busy = sum(run.totals["gpu_seconds"] + run.totals["wait_seconds"] for run in runs)
+    idle = wall * count - busy  # replicas that never see a request idle as well
+    if idle < _ROUNDING * wall * count:
+        idle = 0.0
     return add_up(
         runs,
         deployment,
@@ -160,7 +164,7 @@ def _add_up(
         finish_seconds=finish,
         request_joules=joules,
         wall_seconds=wall,
-        idle_seconds=wall * count - busy,  # replicas that never see a request idle as well
+        idle_seconds=idle,
     )
 
 

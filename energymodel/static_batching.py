@@ -1,4 +1,8 @@
-"""Static batches, compiled: padded to the longest prompt and output, one after another."""
+"""Static batches, compiled: padded to the longest prompt and output, one after another.
+
+A batch takes the requests that have arrived, in order, up to the most sequences allowed and to what
+the KV cache holds when all are padded to the longest.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
 ):
     """Serve requests in order of arrival; returns first token s, finish s and J by request."""
     max_batch, window = config[0], config[4]
+    kv_tokens = config[2] * config[3]
     n = arrival.shape[0]
     first_token = np.zeros(n)
     finish = np.zeros(n)
@@ -37,8 +42,11 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
         longest_input = 0
         longest_output = 0
         while stop < n and stop - start < max_batch and arrival[stop] <= totals[NOW]:
-            longest_input = max(longest_input, inputs[stop])
-            longest_output = max(longest_output, outputs[stop])
+            padded_input = max(longest_input, inputs[stop])
+            padded_output = max(longest_output, outputs[stop])
+            if stop > start and (stop - start + 1) * (padded_input + padded_output) > kv_tokens:
+                break  # the padded batch would not fit the KV cache
+            longest_input, longest_output = padded_input, padded_output
             stop += 1
         batch = stop - start
         before = totals[PRE_J] + totals[DEC_J]

@@ -155,6 +155,14 @@ def test_offline_sends_everything_at_time_0() -> None:
     assert result.joules_per_request == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize("stack", STACKS)
+def test_no_idle_energy_is_left_over_from_rounding(stack: str) -> None:
+    requests = trace(*((0.0, 10 + i, 1 + i % 37) for i in range(300)))
+    fitted = calibration(**slow)
+    result = run(requests, stack=stack, max_batch=7, calibration=fitted)
+    assert result.idle_joules == 0.0
+
+
 def test_poisson_arrivals_keep_the_rate_and_follow_the_seed() -> None:
     requests = trace(*((0.0, 10, 1) for _ in range(2000)))
     result = run(requests, arrivals="poisson:4", seed=3)
@@ -169,6 +177,20 @@ def test_static_batches_wait_for_their_longest() -> None:
     assert result.active_joules == pytest.approx(7 * 0.01 * 100.0)
     assert result.idle_joules == pytest.approx((1.0 - 0.06) * 30.0)
     assert result.wall_seconds == pytest.approx(1.01)
+
+
+def test_a_static_batch_is_no_larger_than_the_kv_cache() -> None:
+    # 1 KiB a token (2 layers x 2 KV heads x (64 + 64) x 2 B): 100 MB hold 97,656 tokens, that is 97
+    # requests padded to 900 + 100, or 108 of 900 + 1. Batches of 97, 108 and 95, not of 256 and 44.
+    rows = [(0.0, 900, 100), *[(0.0, 900, 1)] * 299]
+    kv_bytes = 100e6
+    weights = 2 * (2 * 589_824 + 256_000)
+    reserved = 1.5 * 2**30 + 256 * 256 * 16 + weights
+    small = gpu(hbm_bytes=(reserved + kv_bytes) / 0.9)
+    options = {"stack": "transformers", "max_step_tokens": 256, "gpu": small}
+    result = run(trace(*rows), **options)
+    assert result.steps == 100 + 1 + 1
+    assert run(trace(*rows), stack="transformers", max_step_tokens=256).steps == 100 + 1
 
 
 def test_the_papers_accounting_is_n_over_b_times_a_batch() -> None:
