@@ -193,11 +193,14 @@ def clock_under_cap(
     fixed_joules: Array,
     core_joules: Array,
     calibration: Calibration,
+    host_seconds: Array | float = 0.0,
+    gap_seconds: Array | float = 0.0,
 ) -> Array:
     """Share x of the highest clock at which average power meets the board's limit [-].
 
-    Solves base + (fixed + core x**a) / (t_memory + t_compute / x) = cap by bisection; 1 where
-    the limit does not bind. All arrays of one shape.
+    Solves base + (fixed + core x**a) / t = cap by bisection, with t = max(t_memory + t_compute / x,
+    t_host) + t_gap: the limit is held on average, so that pauses allow a higher clock. 1 where the
+    limit does not bind. All arrays of one shape.
     """
     base, cap, exponent = (
         calibration.base_watts,
@@ -207,7 +210,7 @@ def clock_under_cap(
     low, high = np.full_like(memory_seconds, 0.2), np.ones_like(memory_seconds)
 
     def excess(x: Array) -> Array:
-        seconds = memory_seconds + compute_seconds / x
+        seconds = np.maximum(memory_seconds + compute_seconds / x, host_seconds) + gap_seconds
         result: Array = fixed_joules + core_joules * x**exponent - (cap - base) * seconds
         return result
 
@@ -220,15 +223,20 @@ def clock_under_cap(
     return np.where(capped, low, 1.0)
 
 
-def step_seconds_and_joules(tables: Array, calibration: Calibration) -> tuple[Array, Array]:
-    """GPU time [s] and energy [J] of steps from `OperatorCosts.tables()`, power limit applied.
+def step_seconds_and_joules(
+    tables: Array,
+    calibration: Calibration,
+    host_seconds: Array | float = 0.0,
+    gap_seconds: Array | float = 0.0,
+) -> tuple[Array, Array]:
+    """Time [s] and energy [J] of steps from `OperatorCosts.tables()`, power limit applied.
 
-    Where the limit binds although nothing is compute-bound, the step is stretched until its
-    average power meets the limit.
+    A step takes the longer of the GPU's and the host's time, and its gap. Where the limit binds
+    although nothing is compute-bound, it is stretched until its average power meets the limit.
     """
     memory, compute, fixed, core = tables.T
-    x = clock_under_cap(memory, compute, fixed, core, calibration)
-    seconds = memory + compute / x
+    x = clock_under_cap(memory, compute, fixed, core, calibration, host_seconds, gap_seconds)
+    seconds = np.maximum(memory + compute / x, host_seconds) + gap_seconds
     dynamic = fixed + core * x**calibration.clock_energy_exponent
     seconds = np.maximum(seconds, dynamic / (calibration.power_cap_watts - calibration.base_watts))
     return seconds, dynamic + calibration.base_watts * seconds

@@ -41,7 +41,7 @@ def new_sums(token_rows: int, row_rows: int) -> tuple[Array, Array, Array, Array
 
 
 @njit(cache=True, nogil=True)
-def _clock(memory, compute, fixed, core, base, cap, exponent):  # type: ignore[no-untyped-def]
+def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # type: ignore[no-untyped-def]
     """Scalar twin of `roofline.clock_under_cap`, plus the stretched GPU time.
 
     Newton's method, kept inside a bracket, instead of the bisection: the excess over the limit
@@ -51,18 +51,21 @@ def _clock(memory, compute, fixed, core, base, cap, exponent):  # type: ignore[n
     if seconds <= 0.0:
         return 1.0, 1.0, 0.0, 0.0
     watts = cap - base
-    if fixed + core <= watts * seconds:
+    if fixed + core <= watts * (max(seconds, host) + gap):
         return 1.0, 1.0, seconds, 0.0
     low, high = _LOWEST_CLOCK, 1.0
     x = 1.0
     for _ in range(60):
         power = core * x**exponent
-        excess = fixed + power - watts * (memory + compute / x)
+        seconds = memory + compute / x
+        excess = fixed + power - watts * (max(seconds, host) + gap)
         if excess > 0.0:
             high = x
         else:
             low = x
-        slope = exponent * power / x + watts * compute / (x * x)
+        slope = exponent * power / x
+        if seconds > host:
+            slope += watts * compute / (x * x)
         following = x - excess / slope if slope > 0.0 else 0.5 * (low + high)
         if not low < following < high:
             following = 0.5 * (low + high)
@@ -72,8 +75,8 @@ def _clock(memory, compute, fixed, core, base, cap, exponent):  # type: ignore[n
         x = following
     g = x**exponent
     seconds = memory + compute / x
-    needed = (fixed + core * g) / watts
-    if needed > seconds:
+    needed = (fixed + core * g) / watts - gap
+    if needed > max(seconds, host):
         return x, g, needed, needed - seconds
     return x, g, seconds, 0.0
 
@@ -120,10 +123,6 @@ def step_cost(  # type: ignore[no-untyped-def]
         p1 = phase_table[0, 1] + a * att_table[2, 1] + b * att_table[3, 1]
         p2 = phase_table[0, 2] + a * att_table[2, 2] + b * att_table[3, 2]
         p3 = phase_table[0, 3] + a * att_table[2, 3] + b * att_table[3, 3]
-    x, g, gpu, stretched = _clock(
-        t0 + r0 + d0 + p0, t1 + r1 + d1 + p1, t2 + r2 + d2 + p2, t3 + r3 + d3 + p3,
-        base, cap, exponent,
-    )  # fmt: skip
     # host: 0 graph step, 1 piecewise step, 2 eager step, 3 per sequence, 4 gap, 5 gap per
     # sequence, 6 gap of a first step, 7 host per new prompt
     host_seconds = host[3] * rows
@@ -138,6 +137,10 @@ def step_cost(  # type: ignore[no-untyped-def]
         gap += host[6] + host[7] * prefills
     else:
         host_seconds += host[7] * prefills
+    x, g, gpu, stretched = _clock(
+        t0 + r0 + d0 + p0, t1 + r1 + d1 + p1, t2 + r2 + d2 + p2, t3 + r3 + d3 + p3,
+        host_seconds, gap, base, cap, exponent,
+    )  # fmt: skip
     total = max(gpu, host_seconds) + gap
     rest = base * (total - gpu + stretched)
     by_token = (t2 + t3 * g + base * (t0 + t1 / x) + rest) / tokens

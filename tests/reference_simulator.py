@@ -95,7 +95,6 @@ def step_cost(
     per_row = _attention_rows(model, attention, np.array([padded]), gpu, calibration)
     per_sequence = _attention_sequences(model, attention, np.array([len(work)]), gpu, calibration)
     tables = costs.tables() + per_row.tables() + per_sequence.tables()
-    seconds, joules = step_seconds_and_joules(tables, calibration)
     stack = calibration.stacks[serving.stack]
     host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
     launches = model.num_layers * stack.launch_seconds
@@ -108,8 +107,8 @@ def step_cost(
         gap += stack.start_gap_seconds + stack.request_host_seconds * len(prefills)
     else:
         host += stack.request_host_seconds * len(prefills)
-    total = max(float(seconds[0]), host) + gap
-    return total, float(joules[0]) + calibration.base_watts * (total - float(seconds[0]))
+    seconds, joules = step_seconds_and_joules(tables, calibration, host, gap)
+    return float(seconds[0]), float(joules[0])
 
 
 def simulate(
