@@ -172,7 +172,7 @@ same requests, one has more in between; the difference of their joules, seconds 
 steady state, newcomers' prefill included (`steady_state` in `calibration/validation_rows.py`).
 
 Naive rules get what a user would give them: tokens, parameters, and where they need a time, the
-time that this model predicts."""
+time that this model predicts. [residuals.md](residuals.md) says what the errors point to."""
 
 
 def _line(cells: Sequence[str]) -> str:
