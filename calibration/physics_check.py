@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.public_runs import ENERGAIZER, SPLITWISE, V3
+from calibration.public_tables import COMMIT, REPOSITORY, table_path
 from calibration.validate import Validation
 from calibration.validation_rows import (
     OWN,
@@ -40,8 +41,7 @@ MOE_ENERGY_RATIO = 1.5424  # "up to 54.24 % more"
 TENSOR_PARALLEL_RATIOS = {2: (1.0 - 0.4016, 1.293), 4: (1.0 - 0.6134, 1.5523)}
 """(latency, energy) relative to one GPU, Llama-3.1-8B, single batch; same source."""
 
-_KERNELS = {"a100": ("a100_sxm", "0.14.0"), "h100": ("h100_sxm", "0.24.0")}
-_KERNEL_SOURCE = "sum of kernels, ai-dynamo/aiconfigurator@095f58a5, vLLM {version}"
+GPUS = ("a100", "h100")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def physics_checks(validation: Validation, public: Path) -> list[Check]:
 def _decode(validation: Validation, public: Path) -> Iterator[Check]:
     requests = offline("one request", [DECODE_INPUT], DECODE_OUTPUT)
     model = load_model(MODEL)
-    for gpu in _KERNELS:
+    for gpu in GPUS:
         p = predict(requests, gpu=gpu, model=model)
         case = f"{MODEL}, decode, batch 1, {gpu}"
         joules = p.decode_joules / (p.output_tokens - 1)
@@ -102,7 +102,7 @@ def _decode(validation: Validation, public: Path) -> Iterator[Check]:
 
 def _prefill(validation: Validation, public: Path) -> Iterator[Check]:
     model = load_model(MODEL)
-    for gpu in _KERNELS:
+    for gpu in GPUS:
         p = predict(offline("one prompt", [PREFILL_TOKENS], 1), gpu=gpu, model=model)
         case = f"{MODEL}, prefill of {PREFILL_TOKENS} tokens, {gpu}"
         kernels, source = kernel_seconds(
@@ -245,16 +245,13 @@ def kernel_seconds(
     """
     import polars as pl  # noqa: PLC0415
 
-    board, version = _KERNELS[gpu]
     folder = public / "data" / "validation" / "aiconfigurator"
     phase = "generation" if tokens == 1 else "context"
-    files = [
-        folder / f"{board}_gemm_vllm_{version}_gemm_perf.parquet",
-        folder / f"{board}_attention_vllm_{version}_{phase}_attention_perf.parquet",
-    ]
-    if not all(file.is_file() for file in files):
+    gemm_path = table_path(folder, gpu, "gemm")
+    attention_path = table_path(folder, gpu, f"{phase}_attention")
+    if gemm_path is None or attention_path is None:
         return None, ""
-    gemms, attention = (pl.read_parquet(file) for file in files)
+    gemms, attention = pl.read_parquet(gemm_path), pl.read_parquet(attention_path)
     gemms = gemms.filter(pl.col("gemm_dtype") == "bfloat16")
     (group,) = model.layers
     a, mlp, hidden = group.attention, group.feed_forward, model.hidden_size
@@ -268,7 +265,8 @@ def kernel_seconds(
     layer = sum(_gemm_milliseconds(gemms, tokens, n, k) for n, k in shapes)
     layer += _attention_milliseconds(attention, a, context, decode=tokens == 1)
     head = _gemm_milliseconds(gemms, 1, model.vocab_size, hidden)
-    return (layer * model.num_layers + head) * 1e-3, _KERNEL_SOURCE.format(version=version)
+    source = f"sum of kernels, {REPOSITORY}@{COMMIT}"
+    return (layer * model.num_layers + head) * 1e-3, source
 
 
 def _gemm_milliseconds(gemms: pl.DataFrame, m: int, n: int, k: int) -> float:
@@ -315,7 +313,7 @@ def physics_section(validation: Validation, public: Path) -> str:
     """Return the page's section on physics."""
     origins = "; ".join(
         f"{gpu}: {c.origin} ({c.intervals['vllm'].basis})"
-        for gpu, c in ((gpu, load_calibration(gpu)) for gpu in _KERNELS)
+        for gpu, c in ((gpu, load_calibration(gpu)) for gpu in GPUS)
     )
     lines = [
         "## Check of the physics",
