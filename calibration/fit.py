@@ -308,7 +308,8 @@ def fit_watts(
     P t = base t + sum of active, FLOP, HBM and on-chip joules, core ones scaled by clock**a.
     Base power is fixed by the caller (it is measured alone, with kernels that do nothing).
     Parameters named in `keep` (`active <class>`, `flop <class> <dtype>`, `hbm`, `onchip`,
-    `exponent`), and those that no row tells apart, stay as the calibration has them.
+    `exponent`), and those that no row tells apart, stay as the calibration has them, FLOPs of a
+    class relative to a GEMM's.
     """
     from scipy.optimize import least_squares  # noqa: PLC0415
 
@@ -342,7 +343,8 @@ def fit_watts(
         loss="soft_l1",
         f_scale=ROBUST_SCALE,
     )
-    return _with_energy(calibration, dict(zip(names, map(float, full(result.x)), strict=True)))
+    fitted = zip(names, map(float, full(result.x)), strict=True)
+    return _with_energy(calibration, {n: value for n, value in fitted if n not in keep})
 
 
 def _watt_terms(
@@ -414,9 +416,9 @@ def _with_energy(calibration: Calibration, fitted: Mapping[str, float]) -> Calib
     return replace(
         calibration,
         joules_per_flop=joules_per_flop,
-        joules_per_hbm_byte=fitted["hbm"],
-        joules_per_onchip_byte=fitted["onchip"],
-        clock_energy_exponent=fitted["exponent"],
+        joules_per_hbm_byte=fitted.get("hbm", calibration.joules_per_hbm_byte),
+        joules_per_onchip_byte=fitted.get("onchip", calibration.joules_per_onchip_byte),
+        clock_energy_exponent=fitted.get("exponent", calibration.clock_energy_exponent),
         kernels=kernels,
     )
 

@@ -135,6 +135,19 @@ def test_energies_that_no_row_shows_stay() -> None:
     assert summarize(predicted_watts(rows, gpu(), fitted), rows.watts).median < 0.01
 
 
+def test_a_kept_class_follows_the_gemms_joules() -> None:
+    rows = timed(gemms())
+    experts = replace(rows, op_class=("moe",) * len(rows))
+    both = KernelRows.join([rows, experts])
+    kernels = {**truth().kernels, "moe": ideal_kernel(**GEMM, flop_energy_factor=1.2)}
+    known = replace(truth(), kernels=kernels)
+    both = replace(both, watts=predicted_watts(both, gpu(), known))
+    start = replace(known, joules_per_flop={"bf16": 4e-13})
+    fitted = fit_watts(both, gpu(), start, keep=("flop moe bf16", "exponent"))
+    assert fitted.kernels["moe"].flop_energy_factor == 1.2
+    assert fitted.joules_per_flop["bf16"] > 4e-13
+
+
 def test_summary_by_hand() -> None:
     error = summarize(np.array([1.1, 0.9, 1.0, 2.0]), np.ones(4))
     assert (error.n, error.median, error.max) == (4, pytest.approx(0.1), pytest.approx(1.0))
