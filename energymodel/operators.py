@@ -282,10 +282,36 @@ def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:
     )
 
 
+_UNFUSED = {"norm": (42.0 / 8.0, 9.0), "rotary_and_kv_write": (18.0 / 4.0, 7.0)}
+_UNFUSED |= {"activation": (10.0 / 6.0, 2.0)}
+"""Bytes and kernels of what Transformers runs op by op, over those of the fused kernel.
+
+Counted in `modeling_llama.py` of Transformers 5, per element: a norm converts to 32 bit, squares,
+averages, scales, converts back and weighs (36 B and 8 kernels), a residual is added (6 B); rotary
+multiplies, rotates, concatenates and adds (18 B); SiLU and the product pass 10 B.
+"""
+_CACHE_PASSES = 3.0  # `DynamicCache` appends by copying: reads and writes what attention reads
+
+
+def _unfused(op: _Operator) -> _Operator:
+    """Operator as eager Transformers runs it."""
+    if op.name == "attention_decode" and op.hbm_bytes is not None:
+        copied = {stat: _CACHE_PASSES * value for stat, value in op.hbm_bytes.items()}
+        return replace(op, hbm_bytes=copied)
+    if op.name not in _UNFUSED or op.activation_bytes is None:
+        return op
+    traffic, kernels = _UNFUSED[op.name]
+    passed = {stat: traffic * value for stat, value in op.activation_bytes.items()}
+    return replace(op, activation_bytes=passed, calls=kernels * op.calls)
+
+
 def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
     """Coefficients of every operator of a step; operators of equal name and shape are merged."""
     merged: dict[tuple[str, str, float], list[_Operator]] = {}
-    for op in _operators(model, serving):
+    operators = _operators(model, serving)
+    if serving.stack == "transformers":
+        operators = map(_unfused, operators)
+    for op in operators:
         merged.setdefault((op.name, op.compute_dtype, op.gemm_n), []).append(op)
     groups = list(merged.values())
 
