@@ -4,9 +4,10 @@ The tables (ai-dynamo/aiconfigurator, `systems/data/*/vllm/*`, Apache-2.0, commi
 taken with its own collector inside vLLM. What its rows are, read from the collector's source:
 
 - `latency` is in milliseconds, of one call, from CUDA events around repeated replays of a CUDA
-  graph. A100 and H100 rows ran a handful of replays: too short for the power limit, so the clock
-  is the highest. H200 rows ran 0.3 s (calls under 0.1 ms) or 1 s, at most 3,000 replays, with the
-  power limit in force: what clock they ran at is not recorded.
+  graph. A100 and H100 rows ran nine replays, mostly too short for the power limit, so the clock
+  is taken as the highest; H100 GEMMs of more than 8,192 rows ran up to a second and are 4 to 8 %
+  slower than the fit. H200 rows ran 0.3 s (calls under 0.1 ms) or 1 s, at most 3,000 replays,
+  with the power limit in force: what clock they ran at is not recorded.
 - GEMM: a graph holds six layers with weights of their own, so weights come from device memory
   only where six of them pass the L2. Rows below twice the L2 are left out. Weights were not
   initialised, so power and clock of single rows scatter. `fp8` rows hold the kernel that
