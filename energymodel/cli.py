@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from energymodel import __version__
+from energymodel.plan_cli import plan
 from energymodel.sweep_cli import whatif
 from energymodel.terminal import check_writable, in_color, print_text, user_errors, write_text
 
@@ -166,6 +167,7 @@ def trace_describe(
 
 
 app.command()(whatif)
+app.command()(plan)
 
 
 @app.command()

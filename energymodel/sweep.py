@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from energymodel.accounting import Served, energy_parts
+from energymodel.accounting import energy_parts
 from energymodel.calibrations import Calibration, load_calibration
 from energymodel.deployment import Deployment, deploy
 from energymodel.errors import CapacityError, ConfigurationError, EnergyModelError, TraceError
@@ -25,6 +26,8 @@ from energymodel.replicas import serve_on_replicas
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
 from energymodel.traces import Requests
 from energymodel.units import JOULES_PER_KWH
+
+Array = NDArray[np.float64]
 
 MODES = ("binned", "exact")
 _PERCENTILES = ("p50", "p90", "p99")
@@ -180,14 +183,17 @@ def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
         mode = "exact"
     try:
         _check_site(setting)
-        deployment = _deployment(
-            deployment_key(setting), workload.max_model_len, workload.calibration
-        )
         if mode == "binned":
-            return _estimated(setting, workload, deployment)
-        return _simulated(setting, workload, deployment)
+            return _estimated(setting, workload, deployment_of(setting, workload))
+        point, _, _ = simulated(setting, workload)
     except EnergyModelError as error:
         return Point(setting=setting, mode=mode, reason=str(error))
+    return point
+
+
+def deployment_of(setting: Setting, workload: Workload) -> Deployment:
+    """What serves the workload under a setting; kept for settings that share it."""
+    return _deployment(deployment_key(setting), workload.max_model_len, workload.calibration)
 
 
 def _check_site(setting: Setting) -> None:
@@ -293,9 +299,14 @@ def _whole(replicas: int | str) -> int:
     return replicas
 
 
-def _simulated(setting: Setting, workload: Workload, deployment: Deployment) -> Point:
+def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array]:
+    """The exact point of a setting, and every request's TTFT and TPOT [s].
+
+    TPOT is of the requests of more than one output token. Raises what `predict` raises.
+    """
     if workload.requests is None:
         raise ConfigurationError("the trace is too long to be simulated exactly here")
+    deployment = deployment_of(setting, workload)
     requests = replace(
         workload.requests,
         arrival_seconds=workload.requests.arrival_seconds / setting.arrival_scale,
@@ -312,8 +323,11 @@ def _simulated(setting: Setting, workload: Workload, deployment: Deployment) -> 
             "tokens"
         )
     served, count = serve_on_replicas(requests, setting.replicas, deployment)
-    ttft, tpot = latencies(requests, served)
-    return _point(
+    several = requests.output_tokens > 1
+    decoding = (served.finish_seconds - served.first_token_seconds)[several]
+    ttft = served.first_token_seconds - requests.arrival_seconds
+    tpot = decoding / (requests.output_tokens[several] - 1)
+    point = _point(
         setting,
         workload,
         deployment,
@@ -322,26 +336,18 @@ def _simulated(setting: Setting, workload: Workload, deployment: Deployment) -> 
         active=served.prefill_joules + served.decode_joules,
         idle=served.idle_joules,
         wall=served.wall_seconds,
-        ttft=ttft,
-        tpot=tpot,
+        ttft=percentiles(ttft),
+        tpot=percentiles(tpot),
         components=energy_parts(served)[0],
     )
+    return point, ttft, tpot
 
 
-def latencies(requests: Requests, served: Served) -> tuple[dict[str, float], dict[str, float]]:
-    """TTFT and TPOT percentiles [s] of an exact simulation; TPOT is empty without decoding."""
-    several = requests.output_tokens > 1
-    decoding = (served.finish_seconds - served.first_token_seconds)[several]
-    return (
-        _percentiles(served.first_token_seconds - requests.arrival_seconds),
-        _percentiles(decoding / (requests.output_tokens[several] - 1)),
-    )
-
-
-def _percentiles(values: np.ndarray) -> dict[str, float]:
-    if values.size == 0:
+def percentiles(seconds: Array) -> dict[str, float]:
+    """p50, p90 and p99; empty without values."""
+    if seconds.size == 0:
         return {}
-    found = np.percentile(values, [50, 90, 99]).tolist()
+    found = np.percentile(seconds, [50, 90, 99]).tolist()
     return dict(zip(_PERCENTILES, found, strict=True))
 
 

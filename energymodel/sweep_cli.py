@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -97,24 +97,24 @@ def whatif(
 
         targets = Targets(ttft_seconds=ttft, tpot_seconds=tpot, percentile=percentile)
         targets.check()
-        _choice("mode", mode, MODES)
-        _choice("objective", objective, ("energy", "cost", "carbon"))
+        one_of("mode", mode, MODES)
+        one_of("objective", objective, ("energy", "cost", "carbon"))
         if scheduler is not None and backend == "loky":
             backend = "dask"
-        _choice("backend", backend, BACKENDS)
+        one_of("backend", backend, BACKENDS)
         if scheduler is not None and backend != "dask":
             raise ConfigurationError("--scheduler is for --backend dask")
         axes: dict[str, Sequence[Any]] = {
-            "gpu": _values("gpu", gpu, str),
-            "model": _values("model", model, str),
-            "stack": _values("stack", stack, str),
-            "dtype": _values("dtype", dtype, str),
-            "tensor_parallel": _values("tensor-parallel", tensor_parallel, int),
-            "pipeline_parallel": _values("pipeline-parallel", pipeline_parallel, int),
-            "replicas": _values("replicas", replicas, _auto_or_int),
-            "max_batch": _values("max-batch", max_batch, int),
-            "arrival_scale": _values("arrival-scale", arrival_scale, float),
-            "pue": _values("pue", pue, float),
+            "gpu": values_of("gpu", gpu, str),
+            "model": values_of("model", model, str),
+            "stack": values_of("stack", stack, str),
+            "dtype": values_of("dtype", dtype, str),
+            "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int),
+            "pipeline_parallel": values_of("pipeline-parallel", pipeline_parallel, int),
+            "replicas": values_of("replicas", replicas, _auto_or_int),
+            "max_batch": values_of("max-batch", max_batch, int),
+            "arrival_scale": values_of("arrival-scale", arrival_scale, float),
+            "pue": values_of("pue", pue, float),
         }
         for name, text, kind in (
             ("kv_dtype", kv_dtype, str),
@@ -123,7 +123,7 @@ def whatif(
             ("grid", grid, str),
         ):
             if text is not None:
-                axes[name] = _values(name.replace("_", "-"), text, kind)
+                axes[name] = values_of(name.replace("_", "-"), text, kind)
         settings = grid_of(axes)
         workload = load_workload(
             trace,
@@ -323,14 +323,16 @@ def progress(total: int, title: str) -> Iterator[Callable[[object], None]]:
         yield lambda done: bar.advance(task)
 
 
-def _choice(option: str, value: str, known: Sequence[str]) -> None:
+def one_of(option: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that is not one of the known ones."""
     from energymodel.errors import unknown_name  # noqa: PLC0415
 
     if value not in known:
         raise ConfigurationError(unknown_name(option, value, known))
 
 
-def _values(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def values_of(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Values separated by commas."""
     found = []
     for part in text.split(","):
         try:
@@ -365,7 +367,7 @@ def _prices(text: str | None) -> dict[str, float]:
 
 
 def _pair(text: str, count: int) -> tuple[int, int]:
-    numbers = _values("compare", text, int)
+    numbers = values_of("compare", text, int)
     if len(numbers) != 2 or not all(1 <= n <= count for n in numbers):
         raise ConfigurationError(
             f"--compare {text}: give two numbers of points, 1 to {count}, e.g. 1,2"

@@ -28,8 +28,7 @@ from energymodel.pareto import Targets, compare, pareto_front, ranking
 from energymodel.prices import load_prices
 from energymodel.replicas import serve_on_replicas
 from energymodel.steady_state import estimate, summarise
-from energymodel.sweep import Setting, Workload, evaluate, grid_of
-from energymodel.sweep import _deployment as deployment_of
+from energymodel.sweep import Setting, Workload, deployment_of, evaluate, grid_of
 from energymodel.sweep_run import Journal, SweepError, fingerprint, run_sweep
 from energymodel.traces import Requests, read_batches, read_trace
 from energymodel.workloads import load_requests
@@ -52,7 +51,8 @@ def conv() -> Workload:
 
 
 def deployed(**axes: object):
-    return deployment_of(Setting(gpu="a100", **axes), None, None)  # type: ignore[arg-type]
+    setting = Setting(gpu="a100", **axes)  # type: ignore[arg-type]
+    return deployment_of(setting, workload(load_requests("azure_conv", num_requests=1)))
 
 
 # --- the estimate

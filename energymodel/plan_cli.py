@@ -1,0 +1,194 @@
+"""The `plan` command: traces, stock and targets to a fleet."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from energymodel.errors import ConfigurationError
+from energymodel.sweep_cli import load_workload, one_of, progress, values_of
+from energymodel.terminal import check_writable, user_errors, write_text
+
+
+class PlanFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
+    """How a plan is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def plan(
+    trace: Annotated[
+        str, typer.Option(help="Trace files or built-in workloads, separated by commas.")
+    ],
+    stock: Annotated[str, typer.Option(help="GPUs there are, e.g. h100=8,a100=16.")],
+    model: Annotated[
+        str, typer.Option(help="Model, or one for each trace, separated by commas.")
+    ] = "llama-3.1-8b",
+    ttft: Annotated[float | None, typer.Option(help="Most time to first token [s].")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Most time per output token [s].")] = None,
+    percentile: Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")] = "p99",
+    objective: Annotated[str, typer.Option(help="energy, cost or carbon.")] = "energy",
+    margin: Annotated[
+        float, typer.Option(help="Share of each pool's replicas that may be down.")
+    ] = 0.0,
+    rack_watts: Annotated[
+        float | None, typer.Option(help="Power a rack has for GPU boards [W].")
+    ] = None,
+    racks: Annotated[int | None, typer.Option(help="Racks; each holds one GPU type.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtypes to try, separated by commas.")] = "bf16",
+    tensor_parallel: Annotated[str, typer.Option(help="Splits to try.")] = "1,2",
+    max_batch: Annotated[str, typer.Option(help="Batch limits to try.")] = "64,256",
+    power_limit: Annotated[
+        str | None, typer.Option(help="Board power limits to try [W].  [default: the GPU's own]")
+    ] = None,
+    arrival_scale: Annotated[float, typer.Option(help="How many times faster arrivals come.")] = 1,
+    pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
+    grid: Annotated[str | None, typer.Option(help="Grid, or its gCO2/kWh.")] = None,
+    price: Annotated[
+        str | None, typer.Option(help="Prices, GPU=USD per hour.  [default: list prices]")
+    ] = None,
+    scale_every: Annotated[
+        float | None, typer.Option(help="Also change replicas this often [s], e.g. 3600.")
+    ] = None,
+    park: Annotated[
+        str, typer.Option(help="GPUs not needed are off, cold (no process) or context.")
+    ] = "cold",
+    format: Annotated[PlanFormat, typer.Option(help="How to print.")] = PlanFormat.table,
+    output: Annotated[Path | None, typer.Option(help="Write there.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="loky (processes), threading, sequential or dask.")
+    ] = "loky",
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    jobs: Annotated[int, typer.Option(help="Workers.  [default: one per core]")] = -1,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context served.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
+    trace_format: Annotated[str | None, typer.Option(help="Force the traces' format.")] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration file in place of the GPUs' own.")
+    ] = None,
+) -> None:
+    """Find the fleet of least energy, cost or carbon that serves traces within latency targets."""
+    with user_errors():
+        check_writable(output)
+        from energymodel import plan_report  # noqa: PLC0415
+        from energymodel.fleet_plan import make_plan  # noqa: PLC0415
+        from energymodel.pareto import OBJECTIVES, Targets  # noqa: PLC0415
+        from energymodel.plan_candidates import Demand  # noqa: PLC0415
+        from energymodel.plan_scaling import PARKED, ScaledPool, scale  # noqa: PLC0415
+        from energymodel.planning import Stock  # noqa: PLC0415
+        from energymodel.sweep import grid_of  # noqa: PLC0415
+        from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
+
+        one_of("objective", objective, OBJECTIVES)
+        one_of("park", park, PARKED)
+        if scheduler is not None and backend == "loky":
+            backend = "dask"
+        one_of("backend", backend, BACKENDS)
+        targets = Targets(ttft_seconds=ttft, tpot_seconds=tpot, percentile=percentile)
+        there = Stock(gpus=_stock(stock), rack_watts=rack_watts, racks=racks)
+        there.check()
+        targets.check()
+        axes: dict[str, Any] = {
+            "gpu": [gpu for gpu, count in there.gpus.items() if count],
+            "dtype": values_of("dtype", dtype, str),
+            "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int),
+            "max_batch": values_of("max-batch", max_batch, int),
+            "arrival_scale": [arrival_scale],
+            "pue": [pue],
+        }
+        if power_limit is not None:
+            axes["power_limit_watts"] = values_of("power-limit", power_limit, float)
+        if grid is not None:
+            axes["grid"] = [grid]
+        settings = grid_of(axes)
+        traces = values_of("trace", trace, str)
+        models = values_of("model", model, str)
+        if len(models) not in (1, len(traces)):
+            raise ConfigurationError(
+                f"--model names {len(models)} models for {len(traces)} traces; give one, or one "
+                "for each trace"
+            )
+        models *= len(traces) // len(models)
+        demands: list[Demand] = []
+        for name, served_by in zip(traces, models, strict=True):
+            workload = load_workload(
+                name,
+                price=price,
+                max_model_len=max_model_len,
+                calibration=calibration,
+                seed=seed,
+                trace_format=trace_format,
+                strict=strict,
+            )
+            if workload.requests is None:
+                raise ConfigurationError(
+                    f"{name} is too large to plan for at once; plan for a typical day of it"
+                )
+            same = sum(demand.workload.binned.name == workload.binned.name for demand in demands)
+            title = workload.binned.name + (f" ({same + 1})" if same else "")
+            demands.append(Demand(name=title, model=served_by, workload=workload))
+        where = {"backend": backend, "scheduler": scheduler, "jobs": jobs}
+        with progress(len(settings) * len(demands), "simulating candidates") as report:
+            found = make_plan(
+                demands,
+                settings,
+                there,
+                targets,
+                objective=objective,
+                margin=margin,
+                report=report,
+                **where,
+            )
+        scaling = None
+        if scale_every is not None and found.feasible:
+            names = [demand.name for demand in demands]
+            pools = [
+                ScaledPool(
+                    demand=names.index(pool.demand),
+                    setting=pool.point.setting,
+                    share=pool.share,
+                    first=pool.first,
+                )
+                for pool in found.pools
+            ]
+            scaling = scale(
+                pools,
+                [demand.workload for demand in demands],
+                targets,
+                period_seconds=scale_every,
+                parked=park,
+                **where,
+            )
+        if format is PlanFormat.json:
+            text = plan_report.as_json(found, scaling)
+        else:
+            color = output is None and sys.stdout.isatty()
+            text = plan_report.as_tables(found, scaling, color=color)
+        write_text(text, output)
+
+
+def _stock(text: str) -> dict[str, int]:
+    from energymodel.gpus import load_gpu  # noqa: PLC0415
+
+    stock: dict[str, int] = {}
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        gpu, _, count = part.partition("=")
+        try:
+            number = int(count)
+        except ValueError:
+            raise ConfigurationError(
+                f"--stock {text}: '{part.strip()}' is not GPU=COUNT, e.g. h100=8"
+            ) from None
+        name = load_gpu(gpu.strip()).name
+        if name in stock:
+            raise ConfigurationError(f"--stock {text}: names {name} twice")
+        stock[name] = number
+    return stock
