@@ -71,6 +71,20 @@ def read_own(folder: Path) -> tuple[list[MeasuredRow], list[LeftOut]]:
     return rows, [LeftOut(source=OWN, reason=r, rows=n) for r, n in sorted(reasons.items())]
 
 
+def read_idle(folder: Path, gpu: str) -> list[tuple[str, float]]:
+    """Idle states (`context`, `polling`) of a GPU with an engine up, and their power [W]."""
+    found = []
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+        boards: dict[int, str] = {}
+        for _, record in _records(path, Counter()):
+            if record["kind"] == "engine":
+                boards[record["run"]] = record["identity"]["gpus"][0]["name"]
+            elif record["kind"] == "idle" and record["window"]["valid"]:
+                if load_gpu(boards[record["run"]]).name == gpu:
+                    found.append((record["case"]["state"], float(record["watts"])))
+    return found
+
+
 def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and records; lines cut off when a run was killed are counted, not used."""
     try:

@@ -1,6 +1,6 @@
 """Fits the kernel part of a GPU's calibration to public tables and writes it.
 
-    python -m calibration.public_fit h100 --tables FOLDER --out profiles/calibrations/h100.json
+    python -m calibration.public_fit h100 --tables FOLDER --out calibration/data/public/h100.json
 
 Seconds are fitted class by class; the error written into the provenance is of rows predicted by
 a fit without any row of their shape family (`fit.held_out_seconds`). Stacks, intervals, idle and
@@ -41,6 +41,7 @@ from calibration.public_tables import (
     read_rows,
     used_files,
 )
+from calibration.validation_rows import DATA
 from energymodel.calibrations import Calibration, load_calibration, save_calibration
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
@@ -174,7 +175,7 @@ def fit_public(name: str, tables: Path) -> Calibration:
     EnergyModelError
         If there are no tables of the GPU, or of the one with the same chip, or one cannot be read.
     """
-    gpu, before = load_gpu(name), load_calibration(name)
+    gpu, before = load_gpu(name), _start(name)
     rows = read_rows(tables, gpu)
     twin = SAME_CHIP.get(name)
     chip = None
@@ -214,9 +215,15 @@ def fit_public(name: str, tables: Path) -> Calibration:
     return replace(fitted, origin="public-data", provenance=provenance)
 
 
+def _start(name: str) -> Calibration:
+    """Present fit to public tables; where there is none, the GPU's shipped calibration."""
+    path = DATA / "public" / f"{name}.json"
+    return load_calibration(str(path) if path.exists() else name)
+
+
 def _fit_own(name: str, tables: Path) -> Calibration:
     gpu = load_gpu(name)
-    fitted, _ = fit_kernels(read_rows(tables, gpu), gpu, load_calibration(name))
+    fitted, _ = fit_kernels(read_rows(tables, gpu), gpu, _start(name))
     eight_bit = read_eight_bit_gemm(tables, gpu)
     return fitted if eight_bit is None else fit_eight_bit(eight_bit, gpu, fitted)[0]
 
