@@ -79,9 +79,12 @@ def read_idle(folder: Path, gpu: str) -> list[tuple[str, float]]:
         for _, record in _records(path, Counter()):
             if record["kind"] == "engine":
                 boards[record["run"]] = record["identity"]["gpus"][0]["name"]
-            elif record["kind"] == "idle" and record["window"]["valid"]:
-                if load_gpu(boards[record["run"]]).name == gpu:
-                    found.append((record["case"]["state"], float(record["watts"])))
+            elif (
+                record["kind"] == "idle"
+                and record["window"]["valid"]
+                and load_gpu(boards[record["run"]]).name == gpu
+            ):
+                found.append((record["case"]["state"], float(record["watts"])))
     return found
 
 
