@@ -24,11 +24,11 @@ _PIECE = 2_000_000  # rows drawn at once
 _START_US = 1_715_299_200_000_000  # 2024-05-10 00:00 UTC, the first day published
 
 
-def write_week(path: Path, rows: int = ROWS, *, seed: int = 0) -> None:
-    """Write `rows` requests spread over a week; the rate grows with their number."""
+def write_week(path: Path, rows: int = ROWS, *, share: float = 1.0, seed: int = 0) -> None:
+    """Write `rows` requests spread over the first `share` of a week."""
     import polars as pl  # noqa: PLC0415
 
-    per_second = np.random.default_rng(seed).multinomial(rows, _weekly_shares())
+    per_second = np.random.default_rng(seed).multinomial(rows, _weekly_shares(share))
     starts = np.cumsum(per_second)
     first_second = 0
     with path.open("wb") as file:
@@ -55,9 +55,9 @@ def write_week(path: Path, rows: int = ROWS, *, seed: int = 0) -> None:
             first_second = last_second + 1
 
 
-def _weekly_shares() -> np.ndarray:
-    """Share of the week's requests in each second: a daily sine, a quieter weekend."""
-    seconds = np.arange(WEEK_SECONDS)
+def _weekly_shares(share: float) -> np.ndarray:
+    """Share of the requests in each second: a daily sine, a quieter weekend."""
+    seconds = np.arange(max(round(share * WEEK_SECONDS), 1))
     daily = 1.0 + 0.6 * np.sin(2 * np.pi * (seconds / 86_400 - 0.375))
     weekend = np.isin(seconds // 86_400, (1, 2))  # 10 May 2024 was a Friday
     rate = daily * np.where(weekend, 0.6, 1.0)

@@ -25,9 +25,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from energymodel.compiled import compiled
 from energymodel.costs import CostTables
 from energymodel.step_costs import (
     CLOCK,
@@ -138,7 +138,7 @@ def new_done(size: int) -> Done:
     return Done(ids=np.empty((size, 3), np.int64), times=np.empty((size, 4)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _push(heap, size, key):  # type: ignore[no-untyped-def]
     child = size
     while child > 0:
@@ -150,7 +150,7 @@ def _push(heap, size, key):  # type: ignore[no-untyped-def]
     heap[child] = key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pop(heap, size):  # type: ignore[no-untyped-def]
     """Drop the smallest key of a heap of `size` keys."""
     key = heap[size - 1]
@@ -168,7 +168,7 @@ def _pop(heap, size):  # type: ignore[no-untyped-def]
     heap[parent] = key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _drop(heap, size, slot):  # type: ignore[no-untyped-def]
     """Take the key of a slot out of a heap; returns the new size."""
     kept = 0
@@ -180,7 +180,7 @@ def _drop(heap, size, slot):  # type: ignore[no-untyped-def]
     return kept
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _new_blocks(decoding, residues, step, k):  # type: ignore[no-untyped-def]
     """KV blocks that decoding sequences take in the k - 1 steps after `step`."""
     block = residues.shape[0]
@@ -191,7 +191,7 @@ def _new_blocks(decoding, residues, step, k):  # type: ignore[no-untyped-def]
     return needed
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _steps_within(free, decoding, residues, step, longest):  # type: ignore[no-untyped-def]
     """Steps, at most `longest`, that the free blocks allow; those of the first are taken."""
     block = residues.shape[0]
@@ -208,7 +208,7 @@ def _steps_within(free, decoding, residues, step, longest):  # type: ignore[no-u
     return min(longest, steps)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _steps_until(wanted, first, last, k):  # type: ignore[no-untyped-def]
     """Steps until `wanted` seconds have passed, of k that take `first` to `last` seconds."""
     if wanted <= 0.0:
@@ -222,7 +222,7 @@ def _steps_until(wanted, first, last, k):  # type: ignore[no-untyped-def]
     return int(np.ceil(root - 1e-9)) if root < k else k
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _between(first, last, share):  # type: ignore[no-untyped-def]
     """Cost of a decode step between two of the same kind, neither under the power limit."""
     return (
@@ -241,7 +241,7 @@ def _between(first, last, share):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def advance(  # type: ignore[no-untyped-def]
     replica, sums, requests, first_id, no_more, tables, host, limits, config, jump, patience, done
 ):

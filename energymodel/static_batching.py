@@ -7,8 +7,8 @@ the KV cache holds when all are padded to the longest.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from energymodel.compiled import compiled
 from energymodel.step_costs import (
     DEC_J,
     HOST_BOUND,
@@ -22,7 +22,7 @@ from energymodel.step_costs import (
 )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def serve_static_batches(  # type: ignore[no-untyped-def]
     arrival, inputs, outputs, tables, host, limits, config, sums, totals
 ):

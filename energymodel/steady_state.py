@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from energymodel.bins import EXACT_GRID
+from energymodel.compiled import compiled
 from energymodel.deployment import Deployment
 from energymodel.errors import CapacityError, ConfigurationError
 from energymodel.simulator import parameters
@@ -197,7 +197,7 @@ def _batch(trace: BinnedTrace, deployment: Deployment, context: float) -> int:
     return max(1, min(deployment.serving.max_batch, int(deployment.kv_tokens / context)))
 
 
-@njit(cache=True)
+@compiled
 def _steps(  # type: ignore[no-untyped-def]
     batch, context, lengths, tables, host, limits, config
 ):

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from energymodel.compiled import compiled
 
 Array = NDArray[np.float64]
 
@@ -40,7 +41,7 @@ def new_sums(token_rows: int, row_rows: int) -> tuple[Array, Array, Array, Array
     return np.zeros((token_rows, 3)), np.zeros((row_rows, 3)), np.zeros((4, 3)), np.zeros((2, 3))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # type: ignore[no-untyped-def]
     """Scalar twin of `roofline.clock_under_cap`, plus the stretched GPU time.
 
@@ -81,7 +82,7 @@ def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # typ
     return x, g, seconds, 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def step_cost(  # type: ignore[no-untyped-def]
     tokens, rows, att, prefills, decodes, starting, tables, host, limits
 ):
@@ -161,7 +162,7 @@ def step_cost(  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pairs(start, count, window):  # type: ignore[no-untyped-def]
     """Query-key pairs of a prompt chunk: (whole context, under the window), tiles filled."""
     padded = np.ceil(count / _TILE) * _TILE
@@ -173,7 +174,7 @@ def pairs(start, count, window):  # type: ignore[no-untyped-def]
     return full, min(cut, full)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # type: ignore[no-untyped-def]
     """Add k steps whose costs run linearly from `first` to `last`."""
     token_steps, row_steps, attention_sums, phase_steps = sums
