@@ -23,12 +23,13 @@ _FILES = ("compiled", "step_costs", "continuous_batching", "static_batching", "s
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function on its first call, without the interpreter's lock; cached on disk."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = cache_folder()
+    config: Any = numba.config  # filled at run time
+    before = config.CACHE_DIR
+    config.CACHE_DIR = cache_folder()
     try:
         return njit(cache=True, nogil=True)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 @cache
