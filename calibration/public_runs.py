@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibration.validation_rows import LeftOut, MeasuredRow, offline, steady_state
+from energymodel.calibrations import list_calibrations
 from energymodel.errors import EnergyModelError
 
 V3, V2, SPLITWISE, ENERGAIZER = "ML.ENERGY v3", "ML.ENERGY v2", "Splitwise", "EnergAIzer"
@@ -62,8 +63,8 @@ SOURCES: Mapping[str, PublicSource] = {
         assumption=(
             "vLLM 0.5.4, an engine with far more host time a step than the one modelled; energy "
             "from power over the whole run, not the steady state, so low. Prompts: log-normal "
-            f"with a mean of {V2_INPUT_TOKENS:.0f} tokens (ShareGPT). The A100 40 GB has no "
-            "calibration of its own: that of the A100 80 GB with the 40 GB board's datasheet."
+            f"with a mean of {V2_INPUT_TOKENS:.0f} tokens (ShareGPT). Where the A100 40 GB "
+            "has no calibration of its own: that of the A100 80 GB with its own datasheet."
         ),
     ),
     SPLITWISE: PublicSource(
@@ -242,7 +243,7 @@ def _mlenergy_v2(path: Path) -> Iterator[_Item]:
                 joules_per_output_token=float(raw["energy_per_output_token_joules"]),
                 tokens_per_second=float(raw["output_throughput_tokens_per_sec"]),
                 mean_batch=float(raw["avg_batch_size"]),
-                calibration="a100",
+                calibration=None if "a100-40gb" in list_calibrations() else "a100",
             )
 
 
