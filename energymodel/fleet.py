@@ -266,5 +266,7 @@ class _Group:
             row_steps=self.sums[1],
             attention_sums=self.sums[2],
             phase_steps=self.sums[3],
+            slices=self.sums[4],
+            slice_seconds=float(self.sums[5][0]),
             totals=dict(zip(TOTALS, totals.tolist(), strict=True)),
         )

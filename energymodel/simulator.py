@@ -46,6 +46,10 @@ class Simulation:
     """(len(ATTENTION_STATS), 3) sums of the attention statistics, weighted the same way."""
     phase_steps: Array
     """(2, 3) steps with prefill and steps with decode attention."""
+    slices: Array
+    """(SLICES, 3) by slice of time: prefill joules, decode joules, seconds with requests in flight.
+    What happens alike for many steps is spread evenly over their time."""
+    slice_seconds: float
     totals: dict[str, float]
     """By the names in TOTALS."""
 
@@ -109,6 +113,8 @@ def simulate(
         row_steps=sums[1],
         attention_sums=sums[2],
         phase_steps=sums[3],
+        slices=sums[4],
+        slice_seconds=float(sums[5][0]),
         totals=dict(zip(TOTALS, totals.tolist(), strict=True)),
     )
 

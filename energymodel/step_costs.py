@@ -36,9 +36,17 @@ _TILE = 128  # query rows of an attention tile (FlashAttention 3, head_dim 64 to
 _LOWEST_CLOCK = 0.2  # share of the highest clock, as in `roofline.clock_under_cap`
 
 
-def new_sums(token_rows: int, row_rows: int) -> tuple[Array, Array, Array, Array]:
-    """Zeros for token_steps, row_steps, attention_sums and phase_steps of `Simulation`."""
-    return np.zeros((token_rows, 3)), np.zeros((row_rows, 3)), np.zeros((4, 3)), np.zeros((2, 3))
+SLICES = 256  # of time, at most; where they do not last, neighbours become one
+_FIRST_SLICE_SECONDS = 2.0**-10
+
+
+def new_sums(token_rows: int, row_rows: int) -> tuple[Array, ...]:
+    """Zeros for token_steps, row_steps, attention_sums, phase_steps and slices of `Simulation`.
+
+    The last array, (1,), holds the length of a slice [s], which doubles as time goes on.
+    """
+    shapes = (token_rows, 3), (row_rows, 3), (4, 3), (2, 3), (SLICES, 3)
+    return *(np.zeros(shape) for shape in shapes), np.array([_FIRST_SLICE_SECONDS])
 
 
 @compiled
@@ -175,9 +183,33 @@ def pairs(start, count, window):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def add_to_slices(start, seconds, prefill, decode, slices, slice_seconds):  # type: ignore[no-untyped-def]
+    """Spread prefill and decode joules, and the seconds, evenly over their slices of time.
+
+    Slices that do not reach the end are joined two by two.
+    """
+    size = slices.shape[0]
+    end = start + seconds
+    while end >= size * slice_seconds[0]:
+        slice_seconds[0] *= 2.0
+        for column in range(3):
+            for i in range(size // 2):
+                slices[i, column] = slices[2 * i, column] + slices[2 * i + 1, column]
+            slices[size // 2 :, column] = 0.0
+    width = slice_seconds[0]
+    first, last = int(start / width), int(end / width)
+    for i in range(first, last + 1):
+        within = min(end, (i + 1) * width) - max(start, i * width)
+        share = within / seconds if last > first else 1.0
+        slices[i, 0] += share * prefill
+        slices[i, 1] += share * decode
+        slices[i, 2] += share * seconds
+
+
+@compiled
 def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # type: ignore[no-untyped-def]
     """Add k steps whose costs run linearly from `first` to `last`."""
-    token_steps, row_steps, attention_sums, phase_steps = sums
+    token_steps, row_steps, attention_sums, phase_steps, slices, slice_seconds = sums
     weights = (
         1.0 * k,
         0.5 * k * (1.0 / first[CLOCK] + 1.0 / last[CLOCK]),
@@ -197,16 +229,19 @@ def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # 
     half = 0.5 * k
     seconds = half * (first[SECONDS] + last[SECONDS])
     gpu = half * (first[GPU_SECONDS] + last[GPU_SECONDS])
+    prefill = half * (
+        first[PREFILL] + first[PREFILL_ATTENTION] + last[PREFILL] + last[PREFILL_ATTENTION]
+    )
+    decode = half * (
+        first[DECODE] + first[DECODE_ATTENTION] + last[DECODE] + last[DECODE_ATTENTION]
+    )
+    add_to_slices(totals[NOW], seconds, prefill, decode, slices, slice_seconds)
     totals[NOW] += seconds
     totals[GPU] += gpu
     totals[WAIT] += seconds - gpu
     totals[STEPS] += k
-    totals[PRE_J] += half * (
-        first[PREFILL] + first[PREFILL_ATTENTION] + last[PREFILL] + last[PREFILL_ATTENTION]
-    )
-    totals[DEC_J] += half * (
-        first[DECODE] + first[DECODE_ATTENTION] + last[DECODE] + last[DECODE_ATTENTION]
-    )
+    totals[PRE_J] += prefill
+    totals[DEC_J] += decode
     totals[STRETCH] += half * (first[STRETCHED] + last[STRETCHED])
     if first[CLOCK] < 1.0:
         totals[THROTTLED] += gpu

@@ -182,6 +182,29 @@ def test_requests_share_out_the_active_energy(triples: list[tuple[float, int, in
     assert (result.request_joules > 0).all()
 
 
+@given(triples=requests, window=st.sampled_from([0, 50]))
+def test_slices_of_time_add_up_to_the_run(
+    triples: list[tuple[float, int, int]], window: int
+) -> None:
+    result, _ = run(tiny(window=window), ordered(triples))
+    totals = result.totals
+    busy = totals["gpu_seconds"] + totals["wait_seconds"]
+    expected = [totals["prefill_joules"], totals["decode_joules"], busy]
+    np.testing.assert_allclose(result.slices.sum(axis=0), expected, rtol=1e-9)
+    assert (result.slices[:, 2] <= result.slice_seconds * (1 + 1e-9)).all()
+    ends = np.flatnonzero(result.slices[:, 2])[-1]
+    assert int(totals["now"] / result.slice_seconds) in (ends, ends + 1)
+
+
+def test_a_pause_is_a_slice_without_joules() -> None:
+    result, _ = run(tiny(), [(0.0, 100, 20), (30.0, 100, 20)])
+    watts = result.slices[:, :2].sum(axis=1) / result.slice_seconds
+    middle = int(15.0 / result.slice_seconds)
+    assert watts[0] > 0.0
+    assert watts[middle] == 0.0
+    assert watts[int(30.0 / result.slice_seconds)] > 0.0
+
+
 @given(triples=requests)
 def test_operators_add_up_to_the_active_energy(triples: list[tuple[float, int, int]]) -> None:
     fitted = calibration()
