@@ -165,8 +165,8 @@ def _scaled_energies(
     chip = "ampere-ga102" if here.name in _GA102 else here.architecture
     try:
         core = float(rules["core_energy"][chip]["factor"])
-        memory = next(m for m in rules["memory_energy"].values() if here.name in m.get("gpus", ()))
-    except (KeyError, StopIteration, AttributeError) as error:
+        memory = next(m for m in rules["memory_energy"]["kinds"] if here.name in m["gpus"])
+    except (KeyError, StopIteration) as error:
         raise EnergyModelError(
             f"{RULES_FILE}: no rule for {here.title} (chip {chip}, its memory); add one"
         ) from error
