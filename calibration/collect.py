@@ -1,12 +1,10 @@
 """The runner: measures the cases of a suite and appends each window to a file as it comes.
 
-    python -m calibration.collect --suite full --out windows.jsonl --time-limit-seconds 520
-
-The file holds one JSON object per line: a `header` for each sitting (machine, driver,
-software) and a `case` for each measurement. Every line is on disk before the next case
-starts; a run that was killed is resumed by the same command, which cuts off a torn last
-line and skips what is there. A case that fails is recorded with its reason, and the run
-goes on.
+`energymodel calibrate` (`calibrate_cli.py`) is its command. The file holds one JSON object
+per line: a `header` for each sitting (machine, driver, software) and a `case` for each
+measurement. Every line is on disk before the next case starts; a run that was killed is
+resumed by the same command, which cuts off a torn last line and skips what is there. A case
+that fails is recorded with its reason, and the run goes on.
 
 Power is that of the GPU kept busy from tick to tick of its energy counter, so
 energy per iteration = mean power x mean time of an iteration.
@@ -14,23 +12,19 @@ energy per iteration = mean power x mean time of an iteration.
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.kernels import SUITES, Case, build_suite, estimated_seconds, ordered
+from calibration.kernels import Case, build_suite, estimated_seconds, ordered
 from calibration.meter import NvmlMeter
 from calibration.pump import Launchable, Pump, Timing, Work
 from calibration.recording import WindowFile
 from calibration.rig import Rig, cuda_rig
-from calibration.summary import write_summary
 from calibration.windows import Meter, MeterError, Window, window_to_json
 from energymodel.errors import EnergyModelError
 
@@ -38,7 +32,6 @@ SCHEMA_VERSION = 1
 _IDLE_WINDOW_SECONDS = 2.0
 _NAP_SECONDS = 0.002
 _HALF_TICK_SECONDS = 0.05
-_LEAST_SECONDS_TO_RESTART = 30.0
 _UNSTEADY_SHARE = 0.25
 
 Progress = Callable[[int, int, str, float], None]
@@ -334,16 +327,16 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-# -- command ---------------------------------------------------------------------------
+# -- on real GPUs ----------------------------------------------------------------------------
 
 
 def calibrate(
-    gpus: Sequence[int] = (0,),
-    suite: str = "full",
-    out: Path = Path("windows.jsonl"),
+    gpus: Sequence[int],
+    suite: str,
+    out: Path,
     *,
-    window_seconds: float | None = None,
-    time_limit_seconds: float | None = None,
+    window_seconds: float,
+    time_limit_seconds: float,
     seed: int = 0,
     preheat_seconds: float = 4.0,
     use_vllm: bool = True,
@@ -351,8 +344,7 @@ def calibrate(
 ) -> Outcome:
     """Measure a suite on real GPUs; what `energymodel calibrate` calls.
 
-    `out` is a file (`.jsonl`) or a folder that gets `windows.jsonl`. Defaults: quick in
-    180 s with windows of 1.2 s, full in 540 s.
+    `out` is a file (`.jsonl`) or a folder that gets `windows.jsonl`.
 
     Raises
     ------
@@ -360,16 +352,25 @@ def calibrate(
         With the reason and the remedy, if the GPU, the software or the file stand in the way.
     """
     path = out if out.suffix == ".jsonl" else out / "windows.jsonl"
+    cases = build_suite(suite, gpus=len(gpus))
     meter = NvmlMeter(gpus)
+    if importlib.util.find_spec("torch") is None:  # imported later: the cold GPU comes first
+        raise EnergyModelError(
+            "torch is missing, which runs the kernels; install it with: "
+            "pip install 'energymodel[calibrate]'"
+        )
+    if others := meter.identity()["other_processes"]:
+        raise MeterError(
+            f"{others} process(es) of others use GPU {', '.join(map(str, gpus))} (nvidia-smi shows "
+            "them): the energy would be theirs too; stop them or choose another GPU with --gpu"
+        )
     return run_suite(
         meter,
-        build_suite(suite, gpus=len(gpus)),
+        cases,
         path,
         open_rig=lambda: cuda_rig(meter.uuids(), use_vllm=use_vllm),
-        window_seconds=1.2 if window_seconds is None else window_seconds,
-        time_limit_seconds=(
-            {"quick": 180.0}.get(suite, 540.0) if time_limit_seconds is None else time_limit_seconds
-        ),
+        window_seconds=window_seconds,
+        time_limit_seconds=time_limit_seconds,
         seed=seed,
         preheat_seconds=preheat_seconds,
         progress=progress,
@@ -392,93 +393,9 @@ def list_cases(suite: str, window_seconds: float, seed: int, gpus: int = 1) -> s
     return "\n".join(lines)
 
 
-def print_progress(done: int, total: int, name: str, seconds_left: float) -> None:
-    """Progress as one line per case, for logs."""
-    print(
-        f"[{done + 1:3d}/{total}] {seconds_left:4.0f} s left  {name}", file=sys.stderr, flush=True
-    )
+if __name__ == "__main__":  # for machines where the package is not installed
+    import typer
 
+    from calibration.calibrate_cli import calibrate as command
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Progress as a bar on a terminal; drawn between cases only, to leave the host alone."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield print_progress
-        return
-    with Bar(console=console, auto_refresh=False) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def show(done: int, total: int, name: str, seconds_left: float) -> None:
-            text = f"{name} ({seconds_left:.0f} s left)"
-            bar.update(task, completed=done, total=total, description=text, refresh=True)
-
-        yield show
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m calibration.collect", description=__doc__)
-    parser.add_argument("--gpu", type=int, action="append", help="NVML index (repeatable)")
-    parser.add_argument("--suite", choices=SUITES, default="full")
-    parser.add_argument("--out", type=Path, default=Path("windows.jsonl"))
-    parser.add_argument("--window-seconds", type=float, default=1.2)
-    parser.add_argument("--time-limit-seconds", type=float, default=540.0)
-    parser.add_argument("--preheat-seconds", type=float, default=4.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-vllm", action="store_true", help="torch kernels only")
-    parser.add_argument("--dry-run", action="store_true", help="list the cases and stop")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    started = time.monotonic()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
-    gpus = tuple(options.gpu or (0,))
-    if options.dry_run:
-        print(list_cases(options.suite, options.window_seconds, options.seed, len(gpus)))
-        return 0
-    try:
-        outcome = calibrate(
-            gpus,
-            options.suite,
-            options.out,
-            window_seconds=options.window_seconds,
-            time_limit_seconds=options.time_limit_seconds,
-            seed=options.seed,
-            preheat_seconds=options.preheat_seconds,
-            use_vllm=not options.no_vllm,
-            progress=print_progress,
-        )
-    except ContextLostError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
-        left = options.time_limit_seconds - (time.monotonic() - started)
-        if left < _LEAST_SECONDS_TO_RESTART:
-            return 1
-        again = [*given, f"--time-limit-seconds={left:.1f}"]
-        os.execv(sys.executable, [sys.executable, "-m", "calibration.collect", *again])
-    except EnergyModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was measured is kept, the same command goes on", file=sys.stderr)
-        return 130
-    print(
-        f"{outcome.measured} valid windows, {outcome.invalid} invalid, {outcome.failed} failed, "
-        f"{outcome.skipped} skipped, {outcome.left} left by the time limit, in "
-        f"{outcome.wall_seconds:.0f} s: {outcome.path}",
-        flush=True,
-    )
-    try:
-        print(write_summary(outcome.path).read_text(encoding="utf-8"))
-    except EnergyModelError as error:
-        print(f"warning: no summary: {error}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(command)

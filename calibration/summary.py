@@ -39,7 +39,7 @@ def summarize(records: Sequence[Record]) -> str:
     header = next((r for r in reversed(records) if r.get("kind") == "header"), None)
     cases = valid_cases(records)
     if header is None or not cases:
-        raise EnergyModelError("the file holds no valid window; run `energymodel calibrate` first")
+        raise EnergyModelError(f"the file holds no valid window{_commonest_fault(records)}")
     gpu = header["identity"]["gpus"][0]
     spec = _datasheet(str(gpu["name"]))
     base = min((r["power_watts"] for r in cases.values() if r["op_class"] == "base"), default=None)
@@ -58,6 +58,14 @@ def summarize(records: Sequence[Record]) -> str:
         _problems(records),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _commonest_fault(records: Sequence[Record]) -> str:
+    reasons = Counter(str(r.get("invalid_reason")) for r in records if r.get("kind") == "case")
+    if not reasons:
+        return "; run `energymodel calibrate` first"
+    reason, count = reasons.most_common(1)[0]
+    return f": {count} of {reasons.total()} say '{reason}'"
 
 
 def _datasheet(name: str) -> GpuSpec | None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from calibration.calibrate_cli import calibrate
 from energymodel import __version__
 from energymodel.plan_cli import plan
 from energymodel.sweep_cli import whatif
@@ -168,6 +169,7 @@ def trace_describe(
 
 app.command()(whatif)
 app.command()(plan)
+app.command()(calibrate)
 
 
 @app.command()

@@ -311,25 +311,6 @@ def test_order_and_progress_are_told(tmp_path: Path) -> None:
     assert seen[0][3] > seen[1][3] > 0
 
 
-def test_dry_run_lists_the_suite(capsys: pytest.CaptureFixture[str]) -> None:
-    assert collect.main(["--suite", "quick", "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert "gemm.bf16.llama-3.1-8b.gate_up.m16" in printed
-    assert f"{len(QUICK)} cases" in printed
-
-
-def test_without_a_gpu_the_command_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: Any, **__: Any) -> None:
-        raise MeterError("cannot open the GPU: no driver")
-
-    monkeypatch.setattr(collect, "NvmlMeter", none)
-    assert collect.main(["--out", str(tmp_path / "w.jsonl")]) == 2
-    assert "cannot open the GPU" in capsys.readouterr().err
-    assert not (tmp_path / "w.jsonl").exists()
-
-
 def test_records_are_strict_json(tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(name)
