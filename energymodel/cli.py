@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import Enum
 from pathlib import Path
@@ -11,9 +12,17 @@ import typer
 
 from calibration.calibrate_cli import calibrate
 from energymodel import __version__
+from energymodel.errors import ConfigurationError
 from energymodel.plan_cli import plan
 from energymodel.sweep_cli import whatif
-from energymodel.terminal import check_writable, in_color, print_text, user_errors, write_text
+from energymodel.terminal import (
+    check_writable,
+    in_color,
+    print_text,
+    user_errors,
+    write_bytes,
+    write_text,
+)
 
 app = typer.Typer(
     name="energymodel",
@@ -33,6 +42,22 @@ class OutputFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
     table = "table"
     json = "json"
     csv = "csv"
+
+
+class TableOrJson(str, Enum):  # noqa: UP042 - typer wants the str mixin
+    """How a report of few numbers is printed."""
+
+    table = "table"
+    json = "json"
+
+
+class PredictionFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
+    """How a prediction is printed; csv and parquet hold its bins."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    parquet = "parquet"
 
 
 def _version(value: bool) -> None:
@@ -89,7 +114,9 @@ def predict(
     grid: Annotated[
         str | None, typer.Option(help="Country, or carbon intensity in gCO2e/kWh.")
     ] = None,
-    format: Annotated[OutputFormat, typer.Option(help="How to print.")] = OutputFormat.table,
+    format: Annotated[
+        PredictionFormat, typer.Option(help="How to print; csv and parquet hold the bins.")
+    ] = PredictionFormat.table,
     output: Annotated[
         Path | None, typer.Option(help="Write there instead of to the terminal.")
     ] = None,
@@ -102,6 +129,9 @@ def predict(
     calibration: Annotated[
         str | None, typer.Option(help="Calibration file in place of the GPU's own.")
     ] = None,
+    emissions: Annotated[
+        Path | None, typer.Option(help="Also append a row to this emissions.csv (CodeCarbon's).")
+    ] = None,
 ) -> None:
     """Predict the energy of serving a request trace.
 
@@ -109,9 +139,13 @@ def predict(
     """
     with user_errors():
         check_writable(output, trace, gpu, model, calibration)
-        from energymodel.report import render  # noqa: PLC0415
+        if format is PredictionFormat.parquet and output is None:
+            raise ConfigurationError("--format parquet needs --output FILE")
+        from energymodel.emissions import check_emissions_file  # noqa: PLC0415
+        from energymodel.report import parquet_bytes, render  # noqa: PLC0415
         from energymodel.workload import predict as run  # noqa: PLC0415
 
+        check_emissions_file(emissions, output, trace, gpu, model, calibration)
         result = run(
             trace,
             gpu=gpu,
@@ -134,10 +168,19 @@ def predict(
             strict=strict,
             calibration=calibration,
         )
-        if format is not OutputFormat.table or output is not None:  # a table shows its warnings
+        if format is not PredictionFormat.table or output is not None:  # a table shows its warnings
             for warning in result.warnings:
                 typer.echo(f"warning: {warning}", err=True)
-        write_text(render(result, format.value, color=in_color(output)), output)
+        if format is PredictionFormat.parquet and output is not None:
+            write_bytes(parquet_bytes(result), output)
+        else:
+            write_text(render(result, format.value, color=in_color(output)), output)
+        if emissions is not None:
+            from energymodel.emissions import append_emissions, emissions_row  # noqa: PLC0415
+            from energymodel.grids import load_grid_intensity  # noqa: PLC0415
+
+            place = None if grid is None else load_grid_intensity(grid)
+            append_emissions(emissions_row(result, place), emissions)
 
 
 @trace_app.command("describe")
@@ -179,6 +222,37 @@ def known() -> None:
         from energymodel.known import render_known  # noqa: PLC0415
 
         print_text(render_known(color=in_color()))
+
+
+@app.command()
+def doctor(
+    format: Annotated[TableOrJson, typer.Option(help="How to print.")] = TableOrJson.table,
+) -> None:
+    """Say what is installed, which GPUs and calibrations there are, and what is missing."""
+    with user_errors():
+        from calibration.boards import find_boards  # noqa: PLC0415
+        from energymodel.doctor import diagnose, render_diagnosis  # noqa: PLC0415
+
+        diagnosis = diagnose(find_boards())
+        if format is TableOrJson.json:
+            print_text(json.dumps(diagnosis.to_dict(), indent=2))
+        else:
+            print_text(render_diagnosis(diagnosis, color=in_color()))
+
+
+@app.command()
+def schema(
+    name: Annotated[str, typer.Argument(help="result, calibration or gpu.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write there instead of to the terminal.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a file format."""
+    with user_errors():
+        check_writable(output)
+        from energymodel.schemas import json_schema  # noqa: PLC0415
+
+        write_text(json.dumps(json_schema(name), indent=2), output)
 
 
 @app.command()

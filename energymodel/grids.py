@@ -21,6 +21,8 @@ class GridIntensity:
     """CO2 equivalent [g/kWh]."""
     source: str
     """Where the number comes from, its year included."""
+    alpha3: str = ""
+    """ISO 3166 code of the country; empty for a region or a number."""
 
 
 def load_grid_intensity(name_or_number: str) -> GridIntensity:
@@ -66,6 +68,7 @@ def _by_name(text: str) -> GridIntensity:
                 name=row["name"],
                 grams_per_kwh=float(row["grams_per_kwh"]),
                 source=f"{row['source']}, {row['year']}",
+                alpha3=row["alpha3"],
             )
     raise ConfigurationError(
         unknown_name("grid", text, list_grids()) + " Or give a number in gCO2e/kWh."

@@ -65,6 +65,13 @@ def render(prediction: Prediction, form: str, *, color: bool = False) -> str:
     return _tables(prediction, color=color)
 
 
+def parquet_bytes(prediction: Prediction) -> bytes:
+    """The bins as a Parquet file, columns as in csv."""
+    data = io.BytesIO()
+    prediction.to_frame().write_parquet(data)
+    return data.getvalue()
+
+
 def three_digits(value: float) -> str:
     """Three significant digits, scientific only if tiny: `65.0`, `1,240`, `0.0123`."""
     if value == 0.0:
