@@ -57,14 +57,7 @@ def part_of(requests: Requests, share: Fraction, first: int = 0) -> Requests:
     if share == 1:
         return requests
     turn = (np.arange(requests.arrival_seconds.size) - first) % share.denominator
-    keep = turn < share.numerator
-    return replace(
-        requests,
-        arrival_seconds=requests.arrival_seconds[keep],
-        input_tokens=requests.input_tokens[keep],
-        output_tokens=requests.output_tokens[keep],
-        rows_read=int(keep.sum()),
-    )
+    return requests.take(turn < share.numerator)
 
 
 def part_workload(workload: Workload, share: Fraction, first: int = 0) -> Workload:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from energymodel.errors import ConfigurationError
-from energymodel.sweep_cli import load_workload, one_of, progress, values_of
+from energymodel.sweep_cli import load_workload, one_of, progress, share_or_trace, values_of
 from energymodel.terminal import check_writable, user_errors, write_text
 
 
@@ -47,6 +47,9 @@ def plan(
         str | None, typer.Option(help="Board power limits to try [W].  [default: the GPU's own]")
     ] = None,
     arrival_scale: Annotated[float, typer.Option(help="How many times faster arrivals come.")] = 1,
+    prefix_hit: Annotated[
+        str, typer.Option(help="Share of prompt tokens in the prefix cache; trace = by block ids.")
+    ] = "0",
     pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
     grid: Annotated[str | None, typer.Option(help="Grid, or its gCO2/kWh.")] = None,
     price: Annotated[
@@ -100,6 +103,7 @@ def plan(
             "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int),
             "max_batch": values_of("max-batch", max_batch, int),
             "arrival_scale": [arrival_scale],
+            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace)[:1],
             "pue": [pue],
         }
         if power_limit is not None:
@@ -125,6 +129,7 @@ def plan(
                 seed=seed,
                 trace_format=trace_format,
                 strict=strict,
+                prefixes=prefix_hit == "trace",
             )
             if workload.requests is None:
                 raise ConfigurationError(

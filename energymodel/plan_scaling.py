@@ -232,14 +232,8 @@ def _window(part: Workload, period: int, period_seconds: float) -> Workload | No
     )
     if start == stop:
         return None
-    those = slice(int(start), int(stop))
-    cut = replace(
-        requests,
-        arrival_seconds=requests.arrival_seconds[those] - period * period_seconds,
-        input_tokens=requests.input_tokens[those],
-        output_tokens=requests.output_tokens[those],
-        rows_read=int(stop - start),
-    )
+    cut = requests.take(slice(int(start), int(stop)))
+    cut = replace(cut, arrival_seconds=cut.arrival_seconds - period * period_seconds)
     return replace(
         part, requests=cut, binned=summarise(cut), output_tokens=int(cut.output_tokens.sum())
     )

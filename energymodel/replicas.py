@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.accounting import Served, add_up
+from energymodel.accounting import Served, add_up, timeline
 from energymodel.deployment import Deployment
 from energymodel.errors import CapacityError, ConfigurationError
 from energymodel.simulator import Simulation, simulate
@@ -136,6 +138,7 @@ def _simulate_share(
         requests.input_tokens[share],
         requests.output_tokens[share],
         deployment.costs,
+        cached_tokens=None if requests.cached_tokens is None else requests.cached_tokens[share],
         static_batches=deployment.static_batches,
         abandon_seconds=patience,
     )
@@ -156,7 +159,7 @@ def _add_up(
     idle = wall * count - busy  # replicas that never see a request idle as well
     if idle < _ROUNDING * wall * count:
         idle = 0.0
-    return add_up(
+    served = add_up(
         runs,
         deployment,
         weights=np.ones(len(runs)),
@@ -166,6 +169,8 @@ def _add_up(
         wall_seconds=wall,
         idle_seconds=idle,
     )
+    over_time = timeline(runs, deployment, replicas=count, wall_seconds=wall)
+    return replace(served, timeline=over_time)
 
 
 def _gather(runs: list[Simulation], size: int, count: int) -> tuple[NDArray[np.float64], ...]:

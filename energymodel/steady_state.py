@@ -150,7 +150,12 @@ def _dispersion(requests: Array, squares: Array, window_seconds: float) -> float
 
 
 def estimate(
-    trace: BinnedTrace, deployment: Deployment, replicas: int, *, arrival_scale: float = 1.0
+    trace: BinnedTrace,
+    deployment: Deployment,
+    replicas: int,
+    *,
+    arrival_scale: float = 1.0,
+    prefix_hit: float = 0.0,
 ) -> Estimate:
     """Energy and latency of a trace on replicas, in steady states.
 
@@ -163,6 +168,8 @@ def estimate(
         At least 1; each takes an equal share of the arrivals.
     arrival_scale : float
         Arrivals come this many times faster.
+    prefix_hit : float
+        Share of every prompt that is in the prefix cache [-].
 
     Raises
     ------
@@ -185,7 +192,10 @@ def estimate(
     context = float(trace.context_tokens.sum() / trace.output_tokens.sum())
     batch = _batch(trace, deployment, context)
     shares = trace.input_requests / trace.input_requests.sum()
-    table: tuple[Any, ...] = (batch, context, trace.input_lengths, *parameters(deployment.costs))
+    table: tuple[Any, ...] = (
+        *(batch, context, trace.input_lengths, prefix_hit),
+        *parameters(deployment.costs),
+    )
     step_s, step_j, prompt_s, prompt_j = _steps(*table)
     return _from_steps(
         trace, deployment, replicas, arrival_scale, shares, step_s, step_j, prompt_s, prompt_j
@@ -199,7 +209,7 @@ def _batch(trace: BinnedTrace, deployment: Deployment, context: float) -> int:
 
 @compiled
 def _steps(  # type: ignore[no-untyped-def]
-    batch, context, lengths, tables, host, limits, config
+    batch, context, lengths, prefix_hit, tables, host, limits, config
 ):
     """Seconds and joules of a step of 0 to `batch` sequences, and what prompts add to it.
 
@@ -220,18 +230,20 @@ def _steps(  # type: ignore[no-untyped-def]
                 cost[DECODE] + cost[DECODE_ATTENTION] + cost[PREFILL] + cost[PREFILL_ATTENTION]
             )
         for i in range(lengths.shape[0]):
-            start = 0
             length = max(1, round(lengths[i]))
+            start = min(int(prefix_hit * length), length - 1)
+            alone = n == 0  # nothing overlaps the first piece
             while start < length:
                 chunk = min(length - start, max(1, budget - n))
                 full, cut = pairs(float(start), float(chunk), float(window))
                 att = (n * context, n * near, full, cut)
-                cost = step_cost(n + chunk, n + 1, att, 1, n, n == 0, tables, host, limits)
+                cost = step_cost(n + chunk, n + 1, att, 1, n, alone, tables, host, limits)
                 prompt_s[n, i] += cost[SECONDS] - step_s[n]
                 prompt_j[n, i] += (
                     cost[DECODE] + cost[DECODE_ATTENTION] + cost[PREFILL] + cost[PREFILL_ATTENTION]
                 ) - step_j[n]
                 start += chunk
+                alone = False
     return step_s, step_j, prompt_s, prompt_j
 
 

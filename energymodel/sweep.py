@@ -22,6 +22,7 @@ from energymodel.deployment import Deployment, deploy
 from energymodel.errors import CapacityError, ConfigurationError, EnergyModelError, TraceError
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
+from energymodel.prefix import cached_share, with_given_share
 from energymodel.replicas import serve_on_replicas
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
 from energymodel.traces import Requests
@@ -53,6 +54,8 @@ class Setting:
     """Board power limit; None = the calibration's."""
     arrival_scale: float = 1.0
     """Arrivals come this many times faster."""
+    prefix_hit: float | str = 0.0
+    """Share of prompt tokens found in the prefix cache; `trace` = as the trace's block ids say."""
     pue: float = 1.0
     grid: str | None = None
 
@@ -162,7 +165,7 @@ def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 def deployment_key(setting: Setting) -> Setting:
     """The setting with load and site left out: equal keys share their cost tables."""
-    return replace(setting, replicas=1, arrival_scale=1.0, pue=1.0, grid=None)
+    return replace(setting, replicas=1, arrival_scale=1.0, prefix_hit=0.0, pue=1.0, grid=None)
 
 
 def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
@@ -201,6 +204,8 @@ def _check_site(setting: Setting) -> None:
         raise ConfigurationError(f"--pue {setting.pue:g} is outside 1 to 10")
     if not 0.0 < setting.arrival_scale < np.inf:
         raise ConfigurationError(f"--arrival-scale {setting.arrival_scale:g} is not above 0")
+    if setting.stack == "transformers" and setting.prefix_hit != 0.0:
+        raise ConfigurationError("the transformers stack has no prefix cache; use --prefix-hit 0")
 
 
 @lru_cache(maxsize=64)
@@ -251,11 +256,15 @@ def _estimated(setting: Setting, workload: Workload, deployment: Deployment) -> 
             f"{deployment.max_model_len} tokens that {deployment.model.name} is served with"
         )
     duration = trace.duration_seconds / setting.arrival_scale
+    hit = setting.prefix_hit
+    if hit == "trace":
+        hit = 0.0 if workload.requests is None else cached_share(workload.requests)
+    load = {"arrival_scale": setting.arrival_scale, "prefix_hit": float(hit)}
     if setting.replicas == "auto":
-        count = _fewest(trace, deployment, setting.arrival_scale, 30.0 + 0.1 * duration)
+        count = _fewest(trace, deployment, load, 30.0 + 0.1 * duration)
     else:
         count = _whole(setting.replicas)
-    found = estimate(trace, deployment, count, arrival_scale=setting.arrival_scale)
+    found = estimate(trace, deployment, count, **load)
     if found.waiting_seconds > max(duration, _HOPELESS_SECONDS):
         raise CapacityError(f"{count} replicas cannot keep up with the arrivals")
     return _point(
@@ -274,10 +283,10 @@ def _estimated(setting: Setting, workload: Workload, deployment: Deployment) -> 
 
 
 def _fewest(
-    trace: BinnedTrace, deployment: Deployment, arrival_scale: float, patience: float
+    trace: BinnedTrace, deployment: Deployment, load: Mapping[str, float], patience: float
 ) -> int:
     def keep_up(count: int) -> bool:
-        found: Estimate = estimate(trace, deployment, count, arrival_scale=arrival_scale)
+        found: Estimate = estimate(trace, deployment, count, **load)
         return found.waiting_seconds <= patience
 
     low, high = 0, 1
@@ -307,10 +316,8 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
     if workload.requests is None:
         raise ConfigurationError("the trace is too long to be simulated exactly here")
     deployment = deployment_of(setting, workload)
-    requests = replace(
-        workload.requests,
-        arrival_seconds=workload.requests.arrival_seconds / setting.arrival_scale,
-    )
+    requests = _with_prefixes(workload.requests, setting, deployment)
+    requests = replace(requests, arrival_seconds=requests.arrival_seconds / setting.arrival_scale)
     longest = workload.binned.longest_tokens
     if longest > deployment.max_model_len:
         raise TraceError(
@@ -341,6 +348,18 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
         components=energy_parts(served)[0],
     )
     return point, ttft, tpot
+
+
+def _with_prefixes(requests: Requests, setting: Setting, deployment: Deployment) -> Requests:
+    """The requests with what the prefix cache holds of them under a setting."""
+    if setting.prefix_hit == "trace":
+        if requests.cached_tokens is None:
+            raise ConfigurationError("--prefix-hit trace: no block ids were read from the trace")
+        return requests
+    uncached = replace(requests, cached_tokens=None)
+    return with_given_share(
+        uncached, float(setting.prefix_hit), block_tokens=deployment.serving.block_tokens
+    )
 
 
 def percentiles(seconds: Array) -> dict[str, float]:

@@ -50,6 +50,10 @@ def whatif(
         str | None, typer.Option(help="Board power limits [W].  [default: the GPU's own]")
     ] = None,
     arrival_scale: Annotated[str, typer.Option(help="How many times faster arrivals come.")] = "1",
+    prefix_hit: Annotated[
+        str,
+        typer.Option(help="Shares of prompt tokens in the prefix cache; trace = by its block ids."),
+    ] = "0",
     pue: Annotated[str, typer.Option(help="Power usage effectiveness of the site.")] = "1",
     grid: Annotated[str | None, typer.Option(help="Grids, or their gCO2/kWh.")] = None,
     objective: Annotated[str, typer.Option(help="energy, cost or carbon.")] = "energy",
@@ -114,6 +118,7 @@ def whatif(
             "replicas": values_of("replicas", replicas, _auto_or_int),
             "max_batch": values_of("max-batch", max_batch, int),
             "arrival_scale": values_of("arrival-scale", arrival_scale, float),
+            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace),
             "pue": values_of("pue", pue, float),
         }
         for name, text, kind in (
@@ -133,6 +138,7 @@ def whatif(
             seed=seed,
             trace_format=trace_format,
             strict=strict,
+            prefixes="trace" in axes["prefix_hit"],
         )
         if workload.requests is None and (mode == "exact" or compare):
             raise ConfigurationError(
@@ -269,8 +275,10 @@ def load_workload(
     seed: int,
     trace_format: str | None,
     strict: bool,
+    prefixes: bool = False,
 ) -> Workload:
     """The trace in both forms, with prices; a very large file is only binned."""
+    from energymodel.prefix import with_traced_prefixes  # noqa: PLC0415
     from energymodel.prices import load_prices  # noqa: PLC0415
     from energymodel.steady_state import summarise  # noqa: PLC0415
     from energymodel.sweep import Workload  # noqa: PLC0415
@@ -286,6 +294,8 @@ def load_workload(
         requests = load_requests(trace, trace_format=trace_format, strict=strict, seed=seed)
         for rows in requests.dropped:
             typer.echo(f"warning: {explain_dropped(rows)}", err=True)
+        if prefixes:
+            requests = with_traced_prefixes(requests, trace)
         binned = summarise(requests)
     return Workload(
         binned=binned,
@@ -349,6 +359,11 @@ def values_of(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 def _auto_or_int(text: str) -> int | str:
     return "auto" if text == "auto" else int(text)
+
+
+def share_or_trace(text: str) -> float | str:
+    """A share of the prompts, or `trace`."""
+    return "trace" if text == "trace" else float(text)
 
 
 def _prices(text: str | None) -> dict[str, float]:

@@ -32,6 +32,7 @@ _SHORT = {
     "power_limit_watts": "limit W",
     "arrival_scale": "load x",
     "kv_dtype": "KV",
+    "prefix_hit": "cached",
     "pue": "PUE",
 }
 

@@ -112,6 +112,8 @@ def fingerprint(workload: Workload) -> str:
         binned.input_requests,
     ):
         digest.update(array.tobytes())
+    if workload.requests is not None and workload.requests.cached_tokens is not None:
+        digest.update(workload.requests.cached_tokens.tobytes())
     rest = (sorted(workload.prices.items()), workload.max_model_len, workload.calibration)
     digest.update(repr(rest).encode())
     return digest.hexdigest()[:16]

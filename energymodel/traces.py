@@ -7,7 +7,7 @@ exact, a bad row never hides its neighbours, and memory grows by a few bytes a r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,20 @@ class Requests:
     dropped: tuple[DroppedRows, ...] = ()
     rows_read: int = 0
     """Rows in the file, bad ones included, header and blank lines not."""
+    cached_tokens: NDArray[np.int64] | None = None
+    """Prompt tokens that the prefix cache holds, shape (n,), below input_tokens; None = none."""
+
+    def take(self, which: slice | NDArray[np.bool_]) -> Requests:
+        """Some of the requests; arrivals still count from the trace's first."""
+        arrivals = self.arrival_seconds[which]
+        return replace(
+            self,
+            arrival_seconds=arrivals,
+            input_tokens=self.input_tokens[which],
+            output_tokens=self.output_tokens[which],
+            cached_tokens=None if self.cached_tokens is None else self.cached_tokens[which],
+            rows_read=arrivals.size,
+        )
 
 
 ROW_FAULTS = {
