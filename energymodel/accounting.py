@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.costs import operator_joules
+from energymodel.costs import operator_totals
 from energymodel.deployment import Deployment
+from energymodel.results import Timeline
 from energymodel.simulator import Simulation
 
 Array = NDArray[np.float64]
@@ -30,6 +31,8 @@ class Served:
     """(n,) active energy of each request; their sum is prefill + decode."""
     operators: Mapping[str, Mapping[str, float]]
     """Active energy by operator and component, waiting left out."""
+    work: Mapping[str, Mapping[str, float]]
+    """By operator: executed_flops, hbm_bytes, gpu_seconds."""
     prefill_joules: float
     decode_joules: float
     idle_joules: float
@@ -41,6 +44,8 @@ class Served:
     steps: int
     preemptions: int
     throttled_seconds: float
+    timeline: Timeline | None = None
+    """None where the runs have no common time."""
 
 
 def add_up(
@@ -78,7 +83,7 @@ def add_up(
         )
         return result
 
-    operators = operator_joules(
+    operators, work = operator_totals(
         deployment.model,
         deployment.serving,
         deployment.gpu,
@@ -93,11 +98,6 @@ def add_up(
     # under the power limit a jump's operator sums are products of means: close the sum exactly
     counted = sum(sum(parts.values()) for parts in operators.values())
     closing = (prefill + decode - wait) / counted
-    idle_watts = (
-        calibration.context_idle_watts
-        if deployment.static_batches
-        else calibration.polling_idle_watts
-    )
     return Served(
         first_token_seconds=first_token_seconds,
         finish_seconds=finish_seconds,
@@ -106,9 +106,13 @@ def add_up(
             name: {part: value * closing * group for part, value in parts.items()}
             for name, parts in operators.items()
         },
+        work={
+            name: {what: value * group for what, value in amounts.items()}
+            for name, amounts in work.items()
+        },
         prefill_joules=prefill * group,
         decode_joules=decode * group,
-        idle_joules=max(idle_seconds, 0.0) * idle_watts * group,
+        idle_joules=max(idle_seconds, 0.0) * _idle_watts(deployment) * group,
         wait_joules=wait * group,
         wall_seconds=wall_seconds,
         busy_seconds=total("gpu_seconds") + total("wait_seconds"),
@@ -116,6 +120,53 @@ def add_up(
         preemptions=round(total("preemptions")),
         throttled_seconds=total("throttled_seconds"),
     )
+
+
+def _idle_watts(deployment: Deployment) -> float:
+    """Power of a GPU without a request in flight [W]."""
+    calibration = deployment.calibration
+    if deployment.static_batches:
+        return calibration.context_idle_watts
+    return calibration.polling_idle_watts
+
+
+def timeline(
+    runs: Sequence[Simulation], deployment: Deployment, *, replicas: int, wall_seconds: float
+) -> Timeline:
+    """Joules by slice of time, of replicas that run side by side.
+
+    Parameters
+    ----------
+    runs : what the replicas that saw a request did, per GPU of a group
+    replicas : all of them; what is left of a slice's time is idle
+    wall_seconds : from the first arrival to the last completion
+    """
+    width = max(run.slice_seconds for run in runs)
+    prefill, decode, busy = np.sum([_joined(run, width) for run in runs], axis=0).T
+    starts = np.arange(int(np.ceil(wall_seconds / width))) * width
+    count = starts.size
+    lengths = np.minimum(width, wall_seconds - starts)
+    idle = np.maximum(lengths * replicas - busy[:count], 0.0) * _idle_watts(deployment)
+    group = float(deployment.gpus_per_replica)
+
+    def joules(values: Array) -> tuple[float, ...]:
+        return tuple((values[:count] * group).tolist())
+
+    return Timeline(
+        slice_seconds=width,
+        prefill_joules=joules(prefill),
+        decode_joules=joules(decode),
+        idle_joules=joules(idle),
+    )
+
+
+def _joined(run: Simulation, width: float) -> Array:
+    """A run's slices in the length `width`, which is theirs times a power of two."""
+    size = len(run.slices)
+    together = min(round(width / run.slice_seconds), size)
+    joined = np.zeros_like(run.slices)
+    joined[: size // together] = run.slices.reshape(-1, together, 3).sum(axis=1)
+    return joined
 
 
 def energy_parts(served: Served) -> tuple[dict[str, float], dict[str, float]]:

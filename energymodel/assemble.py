@@ -16,7 +16,8 @@ from energymodel.deployment import Deployment
 from energymodel.grids import GridIntensity
 from energymodel.models import active_weight_count
 from energymodel.operators import compute_dtype, request_flops
-from energymodel.results import BinEnergy, Percentiles, Prediction
+from energymodel.prices import ElectricityPrice
+from energymodel.results import BinEnergy, OperatorWork, Percentiles, Prediction
 from energymodel.traces import Requests
 from energymodel.units import JOULES_PER_KWH
 
@@ -34,6 +35,7 @@ def assemble(
     excluded: Mapping[str, int],
     pue: float,
     grid: GridIntensity | None,
+    electricity: ElectricityPrice | None,
     seed: int,
     warnings: Sequence[str],
 ) -> Prediction:
@@ -50,9 +52,14 @@ def assemble(
     several = outputs > 1
     decoding = (served.finish_seconds - served.first_token_seconds)[several]
     components, operators = energy_parts(served)
+    facility_kwh = energy * pue / JOULES_PER_KWH
     return Prediction(
         inputs=_inputs(requests, deployment, replicas, arrivals, binning, seed)
-        | {"pue": pue, "grid_grams_per_kwh": None if grid is None else grid.grams_per_kwh},
+        | {
+            "pue": pue,
+            "grid_grams_per_kwh": None if grid is None else grid.grams_per_kwh,
+            "electricity_usd_per_kwh": None if electricity is None else electricity.usd_per_kwh,
+        },
         requests=inputs.size,
         input_tokens=int(inputs.sum()),
         output_tokens=int(outputs.sum()),
@@ -66,6 +73,10 @@ def assemble(
         decode_joules=served.decode_joules,
         by_component_joules=components,
         by_operator_joules=operators,
+        operator_work={name: OperatorWork(**work) for name, work in served.work.items()},
+        peak_flops_per_s=_peak_flops_per_s(deployment),
+        hbm_bytes_per_s=deployment.gpu.hbm_bytes_per_s,
+        timeline=served.timeline,
         wall_seconds=served.wall_seconds,
         busy_seconds=served.busy_seconds,
         average_watts=energy / served.wall_seconds,
@@ -82,7 +93,8 @@ def assemble(
         steps=served.steps,
         preemptions=served.preemptions,
         facility_joules=energy * pue,
-        carbon_grams=None if grid is None else energy * pue / JOULES_PER_KWH * grid.grams_per_kwh,
+        carbon_grams=None if grid is None else facility_kwh * grid.grams_per_kwh,
+        electricity_usd=None if electricity is None else facility_kwh * electricity.usd_per_kwh,
         bins=_bins(
             requests,
             served.request_joules,
@@ -101,6 +113,9 @@ def assemble(
             "gpu_sources": dict(deployment.gpu.sources),
             "model_source": deployment.model.source,
             "grid_source": None if grid is None else f"{grid.name}: {grid.source}",
+            "electricity_source": None
+            if electricity is None
+            else f"{electricity.name}: {electricity.source}",
             "rows_read": requests.rows_read,
             "rows_at_fault": {rows.kind: rows.count for rows in requests.dropped},
             "throttled_seconds": served.throttled_seconds,
@@ -146,13 +161,17 @@ def _percentiles(values: Array) -> Percentiles:
     return Percentiles(p50=p50, p90=p90, p99=p99)
 
 
+def _peak_flops_per_s(deployment: Deployment) -> float:
+    dtype = compute_dtype(deployment.serving.weight_dtype)
+    return deployment.gpu.peak_flops_per_s[dtype]
+
+
 def _flops_tdp(flops: Array, deployment: Deployment) -> Array:
     """FLOPs x TDP / peak [J], the shape of `flops`."""
-    dtype = compute_dtype(deployment.serving.weight_dtype)
     return naive.flops_tdp_joules(
         flops,
         tdp_watts=deployment.gpu.tdp_watts,
-        peak_flops_per_s=deployment.gpu.peak_flops_per_s[dtype],
+        peak_flops_per_s=_peak_flops_per_s(deployment),
     )
 
 
@@ -186,7 +205,7 @@ def _naive_joules(
         joules["vidur_energy"] = naive.vidur_energy_joules(
             np.array([flops.sum(), 0.0]),
             np.array([busy, max(held - busy, 0.0)]),
-            peak_flops_per_s=gpu.peak_flops_per_s[compute_dtype(deployment.serving.weight_dtype)],
+            peak_flops_per_s=_peak_flops_per_s(deployment),
             idle_watts=watts[0],
             max_watts=watts[1],
             rule=rules.vidur_energy,

@@ -171,7 +171,7 @@ def _enough_tensor_parallel(model: ModelSpec, serving: ServingConfig, gpu: GpuSp
     return None
 
 
-def operator_joules(
+def operator_totals(
     model: ModelSpec,
     serving: ServingConfig,
     gpu: GpuSpec,
@@ -181,49 +181,64 @@ def operator_joules(
     row_steps: Array,
     attention_sums: Array,
     phase_steps: Array,
-) -> dict[str, dict[str, float]]:
-    """Energy of one GPU by operator and component, from what a simulation counted.
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Energy and work of one GPU by operator, from what a simulation counted.
 
-    Arguments as in `simulator.Simulation`. Components: base, flops, onchip, hbm, link.
+    Arguments as in `simulator.Simulation`.
+
+    Returns
+    -------
+    joules : by operator and component: base, flops, onchip, hbm, link [J]
+    work : by operator: executed_flops [FLOP], hbm_bytes [B], gpu_seconds [s]
     """
     token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
-    joules: dict[str, dict[str, float]] = {}
+    totals = _Totals(base_watts=calibration.base_watts, joules={}, work={})
     for table, counts, stat in ((token_ops, token_steps, "tokens"), (row_ops, row_steps, "rows")):
         used = np.flatnonzero(counts[:, 0])
         size = used.astype(float)
         stats = step_stats(model, tokens=size, rows=size if stat == "rows" else 0.0)
         costs = operator_costs(table, stats, gpu, calibration)
-        _add(joules, table, costs, counts[used], calibration.base_watts)
+        totals.add(table, costs, counts[used])
         per_size = _attention_rows if stat == "tokens" else _attention_sequences
         costs = per_size(model, attention_ops, size, gpu, calibration)
-        _add(joules, attention_ops, costs, counts[used], calibration.base_watts)
+        totals.add(attention_ops, costs, counts[used])
     unit, fixed = _attention_units(model, attention_ops, gpu, calibration)
-    _add(joules, attention_ops, unit, attention_sums, calibration.base_watts)
-    _add(joules, attention_ops, fixed, phase_steps, calibration.base_watts)
-    return joules
+    totals.add(attention_ops, unit, attention_sums)
+    totals.add(attention_ops, fixed, phase_steps)
+    return totals.joules, totals.work
 
 
-def _add(
-    joules: dict[str, dict[str, float]],
-    table: OperatorTable,
-    costs: OperatorCosts,
-    weights: Array,
-    base_watts: float,
-) -> None:
-    plain, slow, core = weights[:, 0], weights[:, 1], weights[:, 2]
-    parts = {
-        "base": base_watts * (plain @ costs.memory_seconds + slow @ costs.compute_seconds)
-        + plain @ costs.active_memory_joules
-        + core @ costs.active_compute_joules,
-        "flops": core @ costs.flop_joules,
-        "onchip": core @ costs.onchip_joules,
-        "hbm": plain @ costs.hbm_joules,
-        "link": plain @ costs.link_joules,
-    }
-    for column, name in enumerate(table.names):
-        entry = joules.setdefault(name, dict.fromkeys(parts, 0.0))
-        for part, values in parts.items():
-            entry[part] += float(values[column])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Totals:
+    """Sums of `operator_totals`."""
+
+    base_watts: float
+    joules: dict[str, dict[str, float]]
+    work: dict[str, dict[str, float]]
+
+    def add(self, table: OperatorTable, costs: OperatorCosts, weights: Array) -> None:
+        """Add costs (n, operators), weighted (n, 3) as in `Simulation.token_steps`."""
+        plain, slow, core = weights[:, 0], weights[:, 1], weights[:, 2]
+        seconds = plain @ costs.memory_seconds + slow @ costs.compute_seconds
+        joules = {
+            "base": self.base_watts * seconds
+            + plain @ costs.active_memory_joules
+            + core @ costs.active_compute_joules,
+            "flops": core @ costs.flop_joules,
+            "onchip": core @ costs.onchip_joules,
+            "hbm": plain @ costs.hbm_joules,
+            "link": plain @ costs.link_joules,
+        }
+        work = {
+            "executed_flops": plain @ costs.executed_flops,
+            "hbm_bytes": plain @ costs.hbm_bytes,
+            "gpu_seconds": seconds,
+        }
+        for sums, parts in ((self.joules, joules), (self.work, work)):
+            for column, name in enumerate(table.names):
+                entry = sums.setdefault(name, dict.fromkeys(parts, 0.0))
+                for part, values in parts.items():
+                    entry[part] += float(values[column])
 
 
 def _split(table: OperatorTable) -> tuple[OperatorTable, OperatorTable, OperatorTable]:

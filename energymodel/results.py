@@ -47,6 +47,34 @@ class BinEnergy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorWork:
+    """What one operator did, summed over all GPUs."""
+
+    executed_flops: float
+    """FLOPs run, padding of tiles included [FLOP]."""
+    hbm_bytes: float
+    """Moved to and from device memory [B]."""
+    gpu_seconds: float
+    """Time of its kernels [s]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Energy by slice of time, of all GPUs.
+
+    Slice i starts i x slice_seconds after the first arrival; the last one ends with the last
+    completion. Energy of many like steps that the simulator takes at once is spread evenly over
+    their time.
+    """
+
+    slice_seconds: float
+    prefill_joules: tuple[float, ...]
+    decode_joules: tuple[float, ...]
+    idle_joules: tuple[float, ...]
+    """Of replicas without a request in flight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Energy, time and latency of a workload, and what the naive estimates say.
 
@@ -74,6 +102,13 @@ class Prediction:
     by_component_joules: Mapping[str, float]
     """base (SMs powered), flops, onchip, hbm, link, host_wait (GPU waits for the host), idle."""
     by_operator_joules: Mapping[str, float]
+    operator_work: Mapping[str, OperatorWork]
+    peak_flops_per_s: float
+    """Datasheet's peak of one GPU for the dtype served [FLOP/s]."""
+    hbm_bytes_per_s: float
+    """Datasheet's device memory bandwidth of one GPU [B/s]."""
+    timeline: Timeline | None
+    """None for the paper's accounting, which has no time of day."""
     wall_seconds: float
     busy_seconds: float
     """With requests in flight, summed over the replicas [s]."""
@@ -100,6 +135,8 @@ class Prediction:
     """energy_joules x PUE [J]."""
     carbon_grams: float | None
     """CO2-equivalent at the grid's intensity [g]; None where no grid was given."""
+    electricity_usd: float | None
+    """facility_joules at the price of electricity [USD]; None where no price was given."""
     bins: tuple[BinEnergy, ...]
     excluded_requests: Mapping[str, int]
     """Requests a binning leaves out, by reason."""

@@ -44,7 +44,8 @@ multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take til
 class OperatorCosts:
     """Costs of operators at the highest clock, one GPU. All arrays (steps, operators).
 
-    `memory_seconds` does not depend on the SM clock, `compute_seconds` goes as 1/clock.
+    `memory_seconds` does not depend on the SM clock, `compute_seconds` goes as 1/clock. The last
+    two are the work itself: FLOPs run and bytes of device memory moved.
     """
 
     memory_seconds: Array
@@ -55,6 +56,8 @@ class OperatorCosts:
     active_compute_joules: Array
     hbm_joules: Array
     link_joules: Array
+    executed_flops: Array
+    hbm_bytes: Array
 
     def tables(self) -> Array:
         """Sums over the operators: (steps, 4) = memory s, compute s, fixed J, core J."""
@@ -184,6 +187,8 @@ def kernel_costs(
         active_compute_joules=active * compute_seconds,
         hbm_joules=hbm * calibration.joules_per_hbm_byte,
         link_joules=link_bytes * calibration.joules_per_link_byte,
+        executed_flops=executed_flops,
+        hbm_bytes=hbm,
     )
 
 

@@ -24,6 +24,7 @@ from energymodel.paper_accounting import (
     rounding_warnings,
     serve_in_batches,
 )
+from energymodel.prices import load_electricity_price
 from energymodel.replicas import bearable_seconds, serve_on_replicas
 from energymodel.results import Prediction
 from energymodel.specs import GpuSpec, ModelSpec
@@ -52,6 +53,7 @@ def predict(
     binning: str = "exact",
     pue: float = 1.0,
     grid: str | float | None = None,
+    electricity_price: str | float | None = None,
     seed: int = 0,
     trace_format: str | None = None,
     strict: bool = False,
@@ -94,6 +96,8 @@ def predict(
         Power usage effectiveness of the site [-], 1 to 10.
     grid : str or float, optional
         Name of a grid, or its carbon intensity [gCO2e/kWh].
+    electricity_price : str or float, optional
+        Name of a place, or the price of its electricity [USD/kWh].
     seed : int
         Of drawn workloads and Poisson arrivals, 0 or more.
     trace_format : str, optional
@@ -121,6 +125,9 @@ def predict(
     """
     _check_options(binning, pue, seed)
     intensity = None if grid is None else load_grid_intensity(str(grid))
+    electricity = (
+        None if electricity_price is None else load_electricity_price(str(electricity_price))
+    )
     deployment = deploy(
         gpu=gpu,
         model=model,
@@ -164,6 +171,7 @@ def predict(
         excluded=excluded,
         pue=pue,
         grid=intensity,
+        electricity=electricity,
         seed=seed,
         warnings=warnings,
     )

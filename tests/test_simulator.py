@@ -12,7 +12,8 @@ from reference_simulator import as_arrays
 from reference_simulator import simulate as simulate_plainly
 from shapes import calibration, gpu, tiny
 
-from energymodel.costs import CostTables, cost_tables, operator_joules
+from energymodel.costs import CostTables, cost_tables, operator_totals
+from energymodel.operators import operator_table
 from energymodel.simulator import Simulation, simulate
 from energymodel.specs import ModelSpec, ServingConfig
 
@@ -210,7 +211,7 @@ def test_operators_add_up_to_the_active_energy(triples: list[tuple[float, int, i
     fitted = calibration()
     model = tiny(experts=8, window=50)
     result, _ = run(model, ordered(triples))
-    operators = operator_joules(
+    operators, work = operator_totals(
         model,
         SMALL,
         gpu(),
@@ -224,6 +225,28 @@ def test_operators_add_up_to_the_active_energy(triples: list[tuple[float, int, i
     waiting = fitted.base_watts * result.totals["wait_seconds"]
     active = result.totals["prefill_joules"] + result.totals["decode_joules"]
     assert total + waiting == pytest.approx(active, rel=1e-9)
+    seconds = sum(amounts["gpu_seconds"] for amounts in work.values())
+    assert seconds == pytest.approx(result.totals["gpu_seconds"], rel=1e-9)
+
+
+def test_work_of_operators_is_that_of_their_tokens_and_steps() -> None:
+    model = tiny()
+    result, _ = run(model, [(0.0, 40, 11)])
+    _, work = operator_totals(
+        model,
+        SMALL,
+        gpu(),
+        calibration(),
+        token_steps=result.token_steps,
+        row_steps=result.row_steps,
+        attention_sums=result.attention_sums,
+        phase_steps=result.phase_steps,
+    )
+    table = operator_table(model, SMALL)
+    by_name = dict(zip(table.names, table.flops, strict=True))
+    assert work["logits"]["executed_flops"] == pytest.approx(11 * by_name["logits"].sum())
+    weights = model.hidden_size * model.vocab_size * 2.0
+    assert work["logits"]["hbm_bytes"] == pytest.approx(11 * weights)
 
 
 @given(triples=requests, order=st.randoms())

@@ -321,6 +321,10 @@ def check_parts(result: Prediction, requests: Requests) -> None:
     for part in (result.by_component_joules, result.by_operator_joules):
         assert min(part.values()) >= 0.0
         assert part["idle"] == result.idle_joules
+    if result.timeline is None:
+        assert result.inputs["binning"] == "paper"
+    else:
+        check_timeline(result)
     for field in ("requests", "input_tokens", "output_tokens"):
         assert sum(getattr(b, field) for b in result.bins) == getattr(result, field)
     assert result.requests == requests.input_tokens.size
@@ -342,6 +346,19 @@ def check_parts(result: Prediction, requests: Requests) -> None:
         assert b.output_low * b.requests <= b.output_tokens <= b.output_high * b.requests
         assert b.underestimate_factor * b.naive_flops_tdp_joules == pytest.approx(b.energy_joules)
         assert b.energy_joules_low <= b.energy_joules <= b.energy_joules_high
+
+
+def check_timeline(result: Prediction) -> None:
+    """Slices of time add up to the result's energies, and end when the result does."""
+    timeline = result.timeline
+    assert timeline is not None
+    for field in ("prefill_joules", "decode_joules", "idle_joules"):
+        expected = pytest.approx(getattr(result, field), rel=1e-9, abs=1e-9 * result.energy_joules)
+        assert sum(getattr(timeline, field)) == expected, field
+        assert min(getattr(timeline, field)) >= 0.0
+    count = len(timeline.idle_joules)
+    assert (count - 1) * timeline.slice_seconds < result.wall_seconds
+    assert result.wall_seconds <= count * timeline.slice_seconds
 
 
 @settings(max_examples=150)
@@ -371,6 +388,21 @@ def test_parts_add_up_in_the_papers_accounting(rows: Any, setup: dict[str, Any])
         requests, gpu=gpu(), model=tiny(), calibration=calibration(**slow), binning="paper", **setup
     )
     check_parts(result, requests)
+
+
+def test_electricity_has_a_price_with_its_source() -> None:
+    result = run(trace((0.0, 10, 5)), pue=1.5, electricity_price="virginia")
+    price = result.inputs["electricity_usd_per_kwh"]
+    assert price == 0.0895  # US EIA, Electric Power Annual 2023, commercial
+    assert result.electricity_usd == pytest.approx(result.energy_joules * 1.5 / 3.6e6 * price)
+    assert "EIA" in result.provenance["electricity_source"]
+    assert "2023" in result.provenance["electricity_source"]
+    unknown = run(trace((0.0, 10, 5)))
+    assert unknown.electricity_usd is None
+    with pytest.raises(ConfigurationError, match="in USD/kWh"):
+        run(trace((0.0, 10, 5)), electricity_price="atlantis")
+    with pytest.raises(ConfigurationError, match="not cents"):
+        run(trace((0.0, 10, 5)), electricity_price=12.0)
 
 
 def test_the_result_is_plain_json_with_the_contracts_keys() -> None:
