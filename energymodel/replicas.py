@@ -138,6 +138,7 @@ def _simulate_share(
         requests.input_tokens[share],
         requests.output_tokens[share],
         deployment.costs,
+        cached_tokens=None if requests.cached_tokens is None else requests.cached_tokens[share],
         static_batches=deployment.static_batches,
         abandon_seconds=patience,
     )
