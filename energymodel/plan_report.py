@@ -12,6 +12,7 @@ from typing import Any
 from energymodel.fleet_plan import Plan
 from energymodel.plan_scaling import Scaling
 from energymodel.report import joules_text, range_text, seconds_text, three_digits
+from energymodel.sweep_report import print_whole
 
 _WIDTH = 120  # columns where there is no terminal
 _MOST_PERIODS_SHOWN = 48
@@ -70,7 +71,7 @@ def as_tables(plan: Plan, scaling: Scaling | None, *, color: bool) -> str:
         rest.append(f"{three_digits(plan.carbon_grams)} g CO2e")
     console.print(", ".join([energy, *rest]))
     console.print()
-    console.print(_pools(plan))
+    print_whole(console, _pools(plan))
     console.print()
     for name, found in plan.latencies.items():
         ttft, tpot = found["ttft_seconds"], found["tpot_seconds"]

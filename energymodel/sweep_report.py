@@ -21,6 +21,7 @@ from energymodel.report import range_text, seconds_text, three_digits
 from energymodel.sweep import AXES, Point
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 _WIDTH = 140  # columns where there is no terminal
@@ -113,7 +114,7 @@ def as_tables(
     console.print(f"{len(points)} settings; the same in all: {fixed}")
     if order:
         title = f"The {min(top, len(order))} best of {len(order)} by {objective}"
-        console.print(_table(title, points, order[:top], axes, front))
+        print_whole(console, _table(title, points, order[:top], axes, front))
         console.print(
             "* no other setting is as good in everything and better in something. ~ estimated in "
             "steady states, not simulated."
@@ -133,10 +134,22 @@ def as_tables(
         console.print(f"{count} refused: {reason}", markup=False)
     if comparison is not None:
         console.print()
-        console.print(_comparison(comparison))
+        print_whole(console, _comparison(comparison))
         console.print(comparison.sentence, markup=False)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with no cell cut; wider than the terminal if it has to be."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.measure import Measurement  # noqa: PLC0415
+
+    endless = console.options.update(width=10_000)
+    width = max(console.width, Measurement.get(console, endless, table).maximum)
+    color = console.is_terminal
+    wide = Console(file=console.file, force_terminal=color, width=width, highlight=False)
+    wide.print(table)
 
 
 def _table(
