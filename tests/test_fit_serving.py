@@ -1,0 +1,145 @@
+"""The joint fit of serving runs and kernel windows, and the transfer to unmeasured GPUs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shapes import calibration, gpu, tiny
+
+from calibration.fit_serving import (
+    PARAMETERS,
+    Parameter,
+    Run,
+    fit_serving,
+    simulated,
+    value_at,
+    window_seconds_and_watts,
+    with_values,
+)
+from calibration.kernel_windows import kernel_rows, read_windows
+from calibration.measured_runs import read_idle
+from calibration.transfer import transfer
+from calibration.validation_rows import DATA, MeasuredRow, offline
+from energymodel.calibrations import Calibration, load_calibration, save_calibration
+from energymodel.costs import cost_tables
+from energymodel.datafiles import data_path
+from energymodel.deployment import Deployment
+from energymodel.errors import EnergyModelError
+from energymodel.gpus import load_gpu
+from energymodel.specs import ServingConfig
+
+WINDOWS = DATA / "kernels" / "h100-card-b.jsonl.gz"
+
+
+def test_parameters_are_read_and_replaced_by_their_paths() -> None:
+    before = calibration()
+    for parameter in PARAMETERS:
+        for path in parameter.paths:
+            after = with_values(before, {path: 0.123})
+            assert value_at(after, path) == 0.123
+            assert with_values(after, {path: value_at(before, path)}) == before
+
+
+def run(truth: Calibration, stack: str, inputs: int, outputs: int, batch: int) -> Run:
+    serving = ServingConfig(stack=stack, max_batch=64, max_step_tokens=2048)  # type: ignore[arg-type]
+    deployment = Deployment(
+        gpu=gpu(),
+        model=tiny(),
+        serving=serving,
+        calibration=truth,
+        costs=cost_tables(tiny(), serving, gpu(), truth),
+    )
+    row = MeasuredRow(
+        source="made up",
+        name="row",
+        gpu="round",
+        model=tiny(),
+        model_name="tiny",
+        stack=stack,
+        phase="batch",
+        batch=batch,
+        requests=offline("row", [inputs] * batch, outputs),
+        joules_per_output_token=None,
+        seconds_per_output_token=1.0,
+    )
+    made = Run(row=row, deployment=deployment, joules=0.0, seconds=0.0)
+    joules, seconds = simulated([made], truth)
+    return replace(made, joules=float(joules[0]), seconds=float(seconds[0]))
+
+
+def test_the_fit_finds_the_parameters_that_made_the_runs() -> None:
+    truth = calibration()
+    shapes = [(8, 40, 1), (64, 40, 8), (128, 2, 32), (500, 1, 4), (1000, 30, 2), (16, 60, 64)]
+    runs = [run(truth, stack, *shape) for stack in ("vllm", "vllm-eager") for shape in shapes]
+    windows = kernel_rows(read_windows(WINDOWS)[:20], gpu().boost_clock_hz)
+    windows = replace(windows, seconds=window_seconds_and_watts(windows, gpu(), truth)[0])
+    windows = replace(windows, watts=window_seconds_and_watts(windows, gpu(), truth)[1])
+    wanted = {
+        "stacks.vllm.step_host_seconds": 1e-4,
+        "stacks.vllm-eager.launch_seconds": 9e-6,
+        "base_watts": 100.0,
+        "joules_per_hbm_byte": 1.2e-10,
+    }
+    parameters = [Parameter(paths=(path,), prior=3.0, start=v) for path, v in wanted.items()]
+    fit = fit_serving(runs, windows, gpu(), truth, parameters)
+    for path in wanted:
+        assert value_at(fit.calibration, path) == pytest.approx(value_at(truth, path), rel=0.02)
+        assert 0.0 < fit.log_std[path] < 0.5
+
+
+def test_shipped_h100_calibration_is_of_the_committed_measurements() -> None:
+    shipped = load_calibration("h100")
+    assert shipped.origin == "measured"
+    folders = {p.name: p for kind in ("kernels", "serving") for p in (DATA / kind).glob("*.gz")}
+    for name, checksum in shipped.provenance["files"].items():
+        assert hashlib.sha256(folders[name].read_bytes()).hexdigest() == checksum
+
+
+def test_shipped_h100_calibration_predicts_its_windows_as_recorded() -> None:
+    shipped, board = load_calibration("h100"), load_gpu("h100")
+    windows = kernel_rows(read_windows(WINDOWS), board.boost_clock_hz)
+    recorded = shipped.provenance["errors_of_kernel_windows"]
+    for name, predicted, measured in zip(
+        ("seconds", "watts"),
+        window_seconds_and_watts(windows, board, shipped),
+        (windows.seconds, windows.watts),
+        strict=True,
+    ):
+        error = np.median(np.abs(predicted / measured - 1.0))
+        assert error == pytest.approx(recorded[name]["median"], abs=2e-3)
+
+
+def test_idle_states_of_serving_runs_are_those_of_a_gpu_with_its_clocks_up() -> None:
+    states = read_idle(DATA / "serving", "h100")
+    assert {state for state, _ in states} == {"context", "polling"}
+    assert all(110.0 < watts < 140.0 for _, watts in states)
+    assert read_idle(DATA / "serving", "a100") == []
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in data_path("calibrations").glob("*.json") if p.stem != "h100")
+)
+def test_transferred_calibrations_are_made_again_byte_for_byte(name: str, tmp_path: Path) -> None:
+    again = tmp_path / f"{name}.json"
+    save_calibration(transfer(name, load_calibration("h100")), again)
+    assert again.read_bytes() == data_path("calibrations", f"{name}.json").read_bytes()
+
+
+def test_every_gpu_has_a_calibration_with_an_interval_as_wide_as_its_origin() -> None:
+    widths = {}
+    for path in data_path("gpus").glob("*.json"):
+        own = load_calibration(path.stem)
+        interval = own.intervals["vllm"]
+        widths.setdefault(own.origin, []).append(interval.high / interval.low)
+        assert own.base_watts < own.power_cap_watts
+        assert own.cold_idle_watts <= own.polling_idle_watts <= own.base_watts
+    assert max(widths["measured"]) < min(widths["datasheet"])
+
+
+def test_transfer_refuses_what_no_rule_covers() -> None:
+    with pytest.raises(EnergyModelError, match="Known"):
+        transfer("b300", load_calibration("h100"))
