@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from calibration.fit import KernelRows
+from calibration.windows import read_jsonl
 from energymodel.errors import EnergyModelError
 from energymodel.operators import SOFTMAX_WIDTH, TILE
 
@@ -37,12 +36,7 @@ def read_windows(path: Path) -> list[dict[str, Any]]:
     EnergyModelError
         If the file cannot be read, or holds no valid window.
     """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise EnergyModelError(f"{path}: cannot be read as windows ({error})") from error
+    records = read_jsonl(path)
     windows = [r for r in records if r.get("kind") == "case" and r.get("valid")]
     if not windows:
         raise EnergyModelError(f"{path}: holds no valid window; measure with `calibrate` first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ _MODELLED_ARGUMENTS = {
 energy; a run with any other (speculative decoding, ...) is left out."""
 
 
-def read_own(folder: Path) -> tuple[list[MeasuredRow], list[LeftOut]]:
-    """Read the runs of every `*.jsonl` and `*.jsonl.gz` of a folder, in order of file names.
+def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[LeftOut]]:
+    """Read the runs of files, or of every `*.jsonl` and `*.jsonl.gz` of a folder by name.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def read_own(folder: Path) -> tuple[list[MeasuredRow], list[LeftOut]]:
     """
     rows: list[MeasuredRow] = []
     reasons: Counter[str] = Counter()
-    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+    for path in _files(source):
         engines: dict[tuple[str, int], Mapping[str, Any]] = {}
         for number, record in _records(path, reasons):
             try:
@@ -71,10 +71,10 @@ def read_own(folder: Path) -> tuple[list[MeasuredRow], list[LeftOut]]:
     return rows, [LeftOut(source=OWN, reason=r, rows=n) for r, n in sorted(reasons.items())]
 
 
-def read_idle(folder: Path, gpu: str) -> list[tuple[str, float]]:
+def read_idle(source: Path | Sequence[Path], gpu: str) -> list[tuple[str, float]]:
     """Idle states (`context`, `polling`) of a GPU with an engine up, and their power [W]."""
     found = []
-    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+    for path in _files(source):
         boards: dict[int, str] = {}
         for _, record in _records(path, Counter()):
             if record["kind"] == "engine":
@@ -86,6 +86,12 @@ def read_idle(folder: Path, gpu: str) -> list[tuple[str, float]]:
             ):
                 found.append((record["case"]["state"], float(record["watts"])))
     return found
+
+
+def _files(source: Path | Sequence[Path]) -> list[Path]:
+    if isinstance(source, Path):
+        return sorted([*source.glob("*.jsonl"), *source.glob("*.jsonl.gz")])
+    return list(source)
 
 
 def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:

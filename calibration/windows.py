@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from energymodel.errors import EnergyModelError, unknown_name
+
+_GZIP = b"\x1f\x8b"
 
 KeepBusy = Callable[[], None]
 """Called again and again while a tick is awaited; keeps the GPU's queue filled."""
@@ -201,7 +205,7 @@ class ReplayMeter:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read the records of a JSON-lines file; a torn last line (killed run) is left out.
+    """Read the records of a `.jsonl` or `.jsonl.gz`; a torn last line (killed run) is left out.
 
     Raises
     ------
@@ -209,9 +213,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         If the file cannot be read, or a line other than the last is broken.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise MeterError(f"cannot read {path}: {error.strerror}") from error
+        raw = Path(path).read_bytes()
+        lines = (gzip.decompress(raw) if raw.startswith(_GZIP) else raw).split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MeterError(f"cannot read {path}: {reason}") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
