@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from energymodel.accounting import energy_parts
 from energymodel.calibrations import Calibration, load_calibration
 from energymodel.deployment import Deployment, deploy
+from energymodel.disaggregation import serve_disaggregated
 from energymodel.errors import CapacityError, ConfigurationError, EnergyModelError, TraceError
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
@@ -48,6 +49,8 @@ class Setting:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     replicas: int | str = "auto"
+    prefill_replicas: int = 0
+    """Replicas for prompts alone, beside `replicas` that decode; 0 = each does both."""
     max_batch: int = 256
     max_step_tokens: int | None = None
     power_limit_watts: float | None = None
@@ -182,7 +185,7 @@ def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
     Point
         With `reason` set where the setting is refused or cannot keep up.
     """
-    if setting.stack == "transformers":
+    if only_exact(setting):
         mode = "exact"
     try:
         _check_site(setting)
@@ -192,6 +195,11 @@ def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
     except EnergyModelError as error:
         return Point(setting=setting, mode=mode, reason=str(error))
     return point
+
+
+def only_exact(setting: Setting) -> bool:
+    """Whether there is no estimate: static batches, and pools for prefill and decode."""
+    return setting.stack == "transformers" or setting.prefill_replicas > 0
 
 
 def deployment_of(setting: Setting, workload: Workload) -> Deployment:
@@ -204,6 +212,13 @@ def _check_site(setting: Setting) -> None:
         raise ConfigurationError(f"--pue {setting.pue:g} is outside 1 to 10")
     if not 0.0 < setting.arrival_scale < np.inf:
         raise ConfigurationError(f"--arrival-scale {setting.arrival_scale:g} is not above 0")
+    if setting.prefill_replicas < 0:
+        raise ConfigurationError(f"--prefill-replicas {setting.prefill_replicas} is 0 or more")
+    if setting.prefill_replicas and setting.replicas == "auto":
+        raise ConfigurationError(
+            "--prefill-replicas needs a number of --replicas, those that decode; auto is for "
+            "replicas that do both"
+        )
     if setting.stack == "transformers" and setting.prefix_hit != 0.0:
         raise ConfigurationError("the transformers stack has no prefix cache; use --prefix-hit 0")
 
@@ -329,7 +344,12 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
             f"a request of {longest} tokens does not fit the KV cache of {deployment.kv_tokens} "
             "tokens"
         )
-    served, count = serve_on_replicas(requests, setting.replicas, deployment)
+    if setting.prefill_replicas:
+        count = _whole(setting.replicas)
+        prefill = setting.prefill_replicas
+        served = serve_disaggregated(requests, deployment, prefill, deployment, count)
+    else:
+        served, count = serve_on_replicas(requests, setting.replicas, deployment)
     several = requests.output_tokens > 1
     decoding = (served.finish_seconds - served.first_token_seconds)[several]
     ttft = served.first_token_seconds - requests.arrival_seconds
@@ -386,7 +406,7 @@ def _point(
 ) -> Point:
     energy = active + idle
     interval = deployment.calibration.intervals[deployment.serving.stack]
-    gpus = replicas * deployment.gpus_per_replica
+    gpus = (replicas + setting.prefill_replicas) * deployment.gpus_per_replica
     price = workload.prices.get(deployment.gpu.name)
     carbon = None
     if setting.grid is not None:

@@ -42,6 +42,9 @@ def whatif(
     tensor_parallel: Annotated[str, typer.Option(help="GPUs a layer is split over.")] = "1",
     pipeline_parallel: Annotated[str, typer.Option(help="Stages.")] = "1",
     replicas: Annotated[str, typer.Option(help="Replicas; auto = the fewest.")] = "auto",
+    prefill_replicas: Annotated[
+        str, typer.Option(help="Replicas for prompts alone, beside --replicas that decode.")
+    ] = "0",
     max_batch: Annotated[str, typer.Option(help="Sequences in flight.")] = "256",
     max_step_tokens: Annotated[
         str | None, typer.Option(help="Tokens a step.  [default: as vLLM]")
@@ -116,6 +119,7 @@ def whatif(
             "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int),
             "pipeline_parallel": values_of("pipeline-parallel", pipeline_parallel, int),
             "replicas": values_of("replicas", replicas, _auto_or_int),
+            "prefill_replicas": values_of("prefill-replicas", prefill_replicas, int),
             "max_batch": values_of("max-batch", max_batch, int),
             "arrival_scale": values_of("arrival-scale", arrival_scale, float),
             "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace),

@@ -34,6 +34,7 @@ _SHORT = {
     "arrival_scale": "load x",
     "kv_dtype": "KV",
     "prefix_hit": "cached",
+    "prefill_replicas": "prefill",
     "pue": "PUE",
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from energymodel import __version__
 from energymodel.errors import EnergyModelError
-from energymodel.sweep import Point, Setting, Workload, deployment_key, evaluate
+from energymodel.sweep import Point, Setting, Workload, deployment_key, evaluate, only_exact
 
 BACKENDS = ("loky", "threading", "sequential", "dask")
 _ATTEMPTS = 3  # after which a sweep whose workers keep dying is given up
@@ -153,7 +153,7 @@ def run_sweep(
     done: dict[Setting, Point] = {}
     if journal is not None:
         for (setting, kept_mode), point in journal.points.items():
-            if kept_mode == mode or setting.stack == "transformers":
+            if kept_mode == mode or only_exact(setting):
                 done[setting] = point
     wanted = [setting for setting in dict.fromkeys(settings) if setting not in done]
     for setting in settings:
