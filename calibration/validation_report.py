@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from calibration.measured_runs import UNSTEADY_SPREAD
 from calibration.physics_check import physics_section
@@ -33,6 +32,7 @@ from calibration.validate import (
 from calibration.validation_aims import standings
 from calibration.validation_rows import OWN, Comparison, MeasuredRow, load_split, measured_watts
 from energymodel.errors import EnergyModelError
+from energymodel.plots import MeasuredPoint, predicted_against_measured
 
 PAGE, PLOT = "validation.md", "validation.png"
 
@@ -364,15 +364,6 @@ def _signed(value: float | None) -> str:
 
 # -- plot -----------------------------------------------------------------------------
 
-_COLORS = {
-    OWN: "#0072b2",
-    "ML.ENERGY v3": "#d55e00",
-    "ML.ENERGY v2": "#cc79a7",
-    "Splitwise": "#009e73",
-    "EnergAIzer": "#e69f00",
-}
-_MARKERS = {"prefill": "s", "batch": "o", "saturated": "^", "trace": "D"}
-
 
 def plot(validation: Validation, path: Path) -> None:
     """Predicted against measured joules per output token, and the ratio of the two, as PNG.
@@ -382,52 +373,20 @@ def plot(validation: Validation, path: Path) -> None:
     EnergyModelError
         If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise EnergyModelError(
-            "the report's plot needs matplotlib: pip install 'energymodel[report]'"
-        ) from error
-    rows = [c for c in validation.comparisons if c.row.joules_per_output_token is not None]
-    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    seen: dict[str, Any] = {}
-    for c in rows:
-        measured, ratio = c.row.joules_per_output_token, c.joules_error
-        assert measured is not None and ratio is not None
-        look = {
-            "color": _COLORS.get(c.row.source, "black"),
-            "marker": _MARKERS[c.row.phase],
-            "facecolors": "none" if c.fitted else None,
-            "s": 18,
-            "linewidths": 0.8,
-        }
-        if look["facecolors"] is None:
-            del look["facecolors"]
-        label = f"{c.row.source}, {c.row.gpu}, {c.row.phase}" + (" (fit)" if c.fitted else "")
-        seen[label] = left.scatter(measured, c.joules_per_output_token, **look)
-        right.scatter(max(c.row.batch, 1), 1.0 + ratio, **look)
-    if rows:
-        values = [c.row.joules_per_output_token for c in rows if c.row.joules_per_output_token]
-        ends = [min(values) * 0.7, max(values) * 1.4]
-        left.plot(ends, ends, color="black", linewidth=0.8)
-        for factor in (0.8, 1.25):
-            left.plot(ends, [v * factor for v in ends], color="black", linewidth=0.4, ls=":")
-        left.set(xscale="log", yscale="log")
-        right.set_xscale("log", base=2)
-        right.set_yscale("log")
-        right.set(xlabel="sequences in the batch")
-        ticks = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-        right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        right.minorticks_off()
-        right.xaxis.set_major_formatter("{x:g}")
-        left.legend(seen.values(), seen.keys(), fontsize=7, loc="upper left", frameon=False)
-    left.set(xlabel="measured [J per output token]", ylabel="predicted [J per output token]")
-    left.set_title("Energy (dotted: 20 % less, 25 % more)", fontsize=10)
-    right.axhline(1.0, color="black", linewidth=0.8)
-    right.set(ylabel="predicted / measured")
-    right.set_title("Ratio over the batch", fontsize=10)
-    figure.savefig(path, metadata={"Software": None})
+    points = [
+        MeasuredPoint(
+            source=c.row.source,
+            kind=c.row.phase,
+            name=f"{c.row.name}, {c.row.gpu}, {c.row.stack}",
+            fitted=c.fitted,
+            batch=c.row.batch,
+            measured_joules=c.row.joules_per_output_token,
+            predicted_joules=c.joules_per_output_token,
+        )
+        for c in validation.comparisons
+        if c.row.joules_per_output_token is not None and c.joules_per_output_token is not None
+    ]
+    predicted_against_measured(points).savefig(path, metadata={"Software": None})
 
 
 # -- the command ----------------------------------------------------------------------

@@ -26,10 +26,11 @@ _JOULES: _Units = (("GJ", 1e9), ("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-
 _WATT_HOURS: _Units = (("MWh", 3.6e9), ("kWh", 3.6e6), ("Wh", 3.6e3), ("mWh", 3.6))
 _GRAMS: _Units = (("t", 1e6), ("kg", 1e3), ("g", 1.0), ("mg", 1e-3))
 _COUNTS: _Units = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+_RATES: _Units = (("P", 1e15), ("T", 1e12), *_COUNTS, ("", 1.0))
 _SECONDS: _Units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 _MINUTES_FROM, _HOURS_FROM = 120.0, 7200.0  # seconds: smaller ones read better in the smaller unit
 
-_COMPONENTS = {
+COMPONENTS: Mapping[str, str] = {
     "base": "GPU awake and its kernels resident",
     "flops": "arithmetic",
     "onchip": "activations between kernels, on chip",
@@ -38,6 +39,7 @@ _COMPONENTS = {
     "host_wait": "GPU awake, waiting for the host within and between steps",
     "idle": "no request in flight",
 }
+"""What each component of the energy is."""
 _BIN_COLUMNS = (
     "input",
     "output",
@@ -49,11 +51,12 @@ _BIN_COLUMNS = (
     "naive",
     "factor",
 )
-_LATENCIES = {
+LATENCIES: Mapping[str, str] = {
     "TTFT": "time to first token, from arrival",
     "TPOT": "time per output token after the first",
     "E2E": "end to end, from arrival to last token",
 }
+"""What each latency is."""
 
 
 def render(prediction: Prediction, form: str, *, color: bool = False) -> str:
@@ -85,6 +88,31 @@ def three_digits(value: float) -> str:
 def joules_text(joules: float) -> str:
     """Three significant digits with a prefix: `12.3 MJ`."""
     return _with_unit(joules, _JOULES)
+
+
+def watt_hours_text(joules: float) -> str:
+    """The same energy in watt-hours: `3.42 kWh`."""
+    return _with_unit(joules, _WATT_HOURS)
+
+
+def grams_text(grams: float) -> str:
+    """Three significant digits with a unit of mass: `26.5 g`."""
+    return _with_unit(grams, _GRAMS)
+
+
+def share_text(share: float) -> str:
+    """A share in %: `12.3%`, `<0.1%`."""
+    return "<0.1%" if 0.0 < share < 0.0005 else f"{share:.1%}"
+
+
+def usd_text(usd: float) -> str:
+    """Dollars to the cent, small amounts to three digits: `1,240.00 USD`, `0.0123 USD`."""
+    return f"{usd:,.2f} USD" if usd >= 1.0 else f"{three_digits(usd)} USD"
+
+
+def rate_text(per_second: float, unit: str) -> str:
+    """Three significant digits, a prefix and the unit: `989 TFLOP/s`."""
+    return _with_unit(per_second, _RATES) + unit
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -171,11 +199,11 @@ def _headline(p: Prediction) -> Table:
         f"{escape(str(i['trace']))}: {p.requests:,} requests, {p.input_tokens:,} input and "
         f"{p.output_tokens:,} output tokens, arrivals {i['arrivals']}",
     )
-    table.add_row("Setup", escape(_setup(p)))
+    table.add_row("Setup", escape(setup_text(p)))
     table.add_row(
         "Energy",
         f"[bold]{joules_text(p.energy_joules)}[/bold] "
-        f"({_with_unit(p.energy_joules, _WATT_HOURS)}), {p.interval_level:.0%} interval "
+        f"({watt_hours_text(p.energy_joules)}), {p.interval_level:.0%} interval "
         f"{range_text(p.energy_joules_low, p.energy_joules_high)}",
     )
     table.add_row(
@@ -195,12 +223,14 @@ def _headline(p: Prediction) -> Table:
         f"{seconds_text(p.wall_seconds)} from first arrival to last token, GPUs busy {busy:.0%} "
         "of it",
     )
-    if i["pue"] != 1.0 or p.carbon_grams is not None:
+    if i["pue"] != 1.0 or p.carbon_grams is not None or p.electricity_usd is not None:
         site = f"{joules_text(p.facility_joules)} at PUE {i['pue']:g}"
         if p.carbon_grams is not None:
-            carbon = _with_unit(p.carbon_grams, _GRAMS)
-            site += f", {carbon} CO2e at {i['grid_grams_per_kwh']:g} g/kWh"
+            site += f", {grams_text(p.carbon_grams)} CO2e at {i['grid_grams_per_kwh']:g} g/kWh"
             site += f" ({p.provenance['grid_source']})"
+        if p.electricity_usd is not None:
+            site += f", {usd_text(p.electricity_usd)} of electricity"
+            site += f" ({p.provenance['electricity_source']})"
         table.add_row("Site", escape(site))
     table.add_row(
         "Basis",
@@ -214,7 +244,8 @@ def _headline(p: Prediction) -> Table:
     return table
 
 
-def _setup(p: Prediction) -> str:
+def setup_text(p: Prediction) -> str:
+    """Model, GPUs and serving options in one line."""
     i = p.inputs
     parts = [f"{i['model']} ({i['dtype']}, KV cache {i['kv_dtype']})"]
     parts[0] += f" on {p.gpus} x {i['gpu']}" if p.gpus > 1 else f" on {i['gpu']}"
@@ -240,7 +271,7 @@ def _latency(p: Prediction) -> Table:
     }
     for name, v in values.items():
         texts = (seconds_text(t) for t in (v.p50, v.p90, v.p99))
-        table.add_row(name, *texts, _LATENCIES[name])
+        table.add_row(name, *texts, LATENCIES[name])
     return table
 
 
@@ -250,18 +281,18 @@ def _components(p: Prediction) -> Table:
     for name, joules in p.by_component_joules.items():
         if joules:
             share = f"{joules / p.energy_joules:.1%}"
-            table.add_row(name, joules_text(joules), share, _COMPONENTS[name])
+            table.add_row(name, joules_text(joules), share, COMPONENTS[name])
     return table
 
 
 def _operators(p: Prediction) -> Table:
     table = _table("By operator", ("operator", "left"), ("energy", "right"), ("share", "right"))
-    for name, joules in _shown_operators(p).items():
+    for name, joules in shown_operators(p).items():
         table.add_row(name, joules_text(joules), f"{joules / p.energy_joules:.1%}")
     return table
 
 
-def _shown_operators(p: Prediction) -> Mapping[str, float]:
+def shown_operators(p: Prediction) -> Mapping[str, float]:
     """Operators by energy, those below a thousandth as one row."""
     least = _SMALLEST_SHARE * p.energy_joules
     shown = {name: joules for name, joules in p.by_operator_joules.items() if joules >= least}

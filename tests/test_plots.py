@@ -1,0 +1,198 @@
+"""Figures: they show the result's numbers, say their units, look alike and leave no trace."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import energymodel
+from energymodel import plots
+from energymodel.errors import EnergyModelError
+from energymodel.plot_style import COLORS, NARROW_INCHES
+from energymodel.results import Prediction
+
+mpl = pytest.importorskip("matplotlib", reason="the figures' library is an extra")
+from matplotlib.figure import Figure  # noqa: E402
+
+BATCHES = [1, 2, 4, 8]
+
+
+def curve(gpu: str, variant: str, joules: list[float]) -> plots.BatchCurve:
+    return plots.BatchCurve(gpu=gpu, variant=variant, batch=BATCHES, joules_per_output_token=joules)
+
+
+GRAPH = [curve("a100", "vllm", [4.0, 2.0, 1.0, 0.5]), curve("h100", "vllm", [2.0, 1.0, 0.5, 0.3])]
+EAGER = [
+    curve("a100", "vllm-eager", [8.0, 3.0, 1.2, 0.5]),
+    curve("h100", "vllm-eager", [5.0, 2.0, 0.7, 0.3]),
+]
+POINTS = [
+    plots.MeasuredPoint(
+        source=f"lab {i % 3}",
+        kind=("batch", "trace")[i % 2],
+        name=f"run {i}",
+        fitted=i == 0,
+        batch=2**i,
+        measured_joules=0.1 * (i + 1),
+        predicted_joules=0.11 * (i + 1),
+    )
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def result() -> Prediction:
+    return energymodel.predict("translation", gpu="a100", arrivals="poisson:2")
+
+
+Draw = Callable[..., Figure]
+OF_A_RESULT: dict[str, Draw] = {
+    "energy_breakdown": plots.energy_breakdown,
+    "bin_heatmap": lambda result, **options: plots.bin_heatmap(result.bins, **options),
+    "naive_gap": plots.naive_gap,
+    "roofline": plots.roofline,
+    "power_over_time": plots.power_over_time,
+    "latency": plots.latency,
+}
+COMPARING: dict[str, Draw] = {
+    "joules_per_token_over_batch": lambda **o: plots.joules_per_token_over_batch(GRAPH, **o),
+    "graph_against_eager": lambda **o: plots.graph_against_eager(GRAPH, EAGER, **o),
+    "moe_against_dense": lambda **o: plots.moe_against_dense(GRAPH, EAGER, **o),
+    "predicted_against_measured": lambda **o: plots.predicted_against_measured(POINTS, **o),
+    "pareto": lambda **o: plots.pareto([1.0, 2.0], [3.0, 1.0], ["a", "b"], [True, True], **o),
+}
+
+
+def all_figures(result: Prediction, **options: float) -> dict[str, Figure]:
+    figures = {name: draw(result, **options) for name, draw in OF_A_RESULT.items()}
+    return figures | {name: draw(**options) for name, draw in COMPARING.items()}
+
+
+def hover_texts(figure: Figure) -> list[str]:
+    return [gid for artist in figure.findobj() if (gid := artist.get_gid()) is not None]
+
+
+def test_every_public_name_is_a_figure_tried_here() -> None:
+    functions = {name for name in plots.__all__ if name[0].islower()}
+    assert functions == OF_A_RESULT.keys() | COMPARING.keys()
+
+
+@pytest.mark.parametrize("width", [8.0, NARROW_INCHES - 1.0])
+def test_figures_say_their_units_and_look_alike(result: Prediction, width: float) -> None:
+    before = dict(mpl.rcParams)
+    for name, figure in all_figures(result, width_inches=width).items():
+        assert isinstance(figure, Figure), name
+        assert figure.get_figwidth() == width
+        figure.canvas.draw()
+        for axes in figure.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                label = axis.get_label_text()
+                ticks = [tick.get_text() for tick in axis.get_ticklabels()]
+                numbers = [tick for tick in ticks if re.match(r"[\d$−]", tick)]  # noqa: RUF001
+                with_units = [tick for tick in numbers if re.search(r"[A-Za-z]$", tick)]
+                counted = "sequences" in label or "tokens" in label
+                assert not numbers or "[" in label or with_units or counted, (name, ticks, label)
+            assert not axes.spines["top"].get_visible(), name
+            sizes = {tick.get_fontsize() for tick in axes.get_xticklabels() if tick.get_text()}
+            assert sizes <= {8.0}, name
+        assert hover_texts(figure), name
+    assert dict(mpl.rcParams) == before
+
+
+def test_colours_differ_in_lightness_or_hue_for_everybody() -> None:
+    """No two are confused by dichromats: differences in lightness or along blue-yellow."""
+    rgb = np.array([mpl.colors.to_rgb(color) for color in COLORS])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    # protanopia and deuteranopia, Viénot, Brettel and Mollon (1999), linear RGB
+    for blind in (
+        [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+        [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+    ):
+        seen = np.clip(linear @ np.array(blind).T, 0.0, 1.0) ** (1 / 2.2)
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=2)
+        assert distance[~np.eye(len(COLORS), dtype=bool)].min() > 0.08
+
+
+def bar_widths(figure: Figure, panel: int) -> list[float]:
+    return [bar.get_width() for bar in figure.axes[panel].patches]
+
+
+def test_breakdowns_add_up_to_the_energy(result: Prediction) -> None:
+    figure = plots.energy_breakdown(result)
+    for panel in range(3):
+        assert sum(bar_widths(figure, panel)) == pytest.approx(result.energy_joules, rel=1e-9)
+
+
+def test_naive_bars_are_the_rules_answers(result: Prediction) -> None:
+    widths = bar_widths(plots.naive_gap(result), 0)
+    assert set(result.naive.values()) | {result.energy_joules} <= set(widths)
+
+
+def test_heat_map_has_a_cell_for_each_bin(result: Prediction) -> None:
+    texts = hover_texts(plots.bin_heatmap(result.bins))
+    assert len(texts) == len(result.bins)
+    for b in result.bins:
+        start = f"input {b.input_low}-{b.input_high}, output {b.output_low}-{b.output_high}: "
+        assert sum(text.startswith(start) for text in texts) == 1
+
+
+def test_roofline_points_lie_under_the_roof(result: Prediction) -> None:
+    figure = plots.roofline(result)
+    points = {
+        artist.get_gid().split(":")[0]: artist.get_offsets()[0]
+        for artist in figure.axes[0].collections
+        if artist.get_gid()
+    }
+    assert {"up_proj", "attention_decode", "logits"} <= points.keys()
+    for name, (intensity, speed) in points.items():
+        work = result.operator_work[name]
+        assert intensity == pytest.approx(work.executed_flops / work.hbm_bytes)
+        assert speed == pytest.approx(work.executed_flops / work.gpu_seconds)
+        assert speed <= min(result.peak_flops_per_s, result.hbm_bytes_per_s * intensity)
+
+
+def test_area_under_the_power_is_the_energy(result: Prediction) -> None:
+    figure = plots.power_over_time(result)
+    heights, edges, _ = max(
+        (patch.get_data() for patch in figure.axes[0].patches if hasattr(patch, "get_data")),
+        key=lambda data: data.values.sum(),
+    )
+    hours_minutes_or_seconds = result.wall_seconds / edges[-1]
+    joules = (heights * np.diff(edges)).sum() * hours_minutes_or_seconds
+    assert joules == pytest.approx(result.energy_joules, rel=1e-9)
+
+
+def test_no_power_over_time_without_a_timeline(result: Prediction) -> None:
+    with pytest.raises(ValueError, match="paper's accounting"):
+        plots.power_over_time(replace(result, timeline=None))
+
+
+def test_savings_are_of_pairs() -> None:
+    figure = plots.graph_against_eager(GRAPH, EAGER)
+    (a100, h100, _zero) = (line.get_ydata() for line in figure.axes[1].lines)
+    np.testing.assert_allclose(a100, [50.0, 100.0 / 3, 100.0 / 6, 0.0])
+    np.testing.assert_allclose(h100[0], 60.0)
+    with pytest.raises(ValueError, match="do not pair"):
+        plots.graph_against_eager(GRAPH, EAGER[::-1])
+
+
+def test_front_is_joined_in_order_of_latency() -> None:
+    figure = plots.pareto(
+        [3.0, 1.0, 5.0, 2.0], [1.0, 9.0, 8.0, 4.0], list("abcd"), [True, True, False, True]
+    )
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), [[1, 3], [4, 2], [9, 1]])
+
+
+def test_a_validation_without_rows_is_drawn() -> None:
+    plots.predicted_against_measured([]).canvas.draw()
+
+
+def test_missing_matplotlib_is_said(result: Prediction, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(EnergyModelError, match=r"pip install 'energymodel\[report\]'"):
+        plots.latency(result)
