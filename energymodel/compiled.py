@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -21,11 +22,17 @@ from numba import njit
 _FILES = ("compiled", "step_costs", "continuous_batching", "static_batching", "steady_state")
 
 
+_ROOM_BYTES = 64 << 20  # free space without which nothing is cached
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function on its first call, without the interpreter's lock; cached on disk."""
+    folder = cache_folder()
+    if folder is None:
+        return njit(nogil=True)(function)
     config: Any = numba.config  # filled at run time
     before = config.CACHE_DIR
-    config.CACHE_DIR = cache_folder()
+    config.CACHE_DIR = folder
     try:
         return njit(cache=True, nogil=True)(function)
     finally:
@@ -33,10 +40,11 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 @cache
-def cache_folder() -> str:
+def cache_folder() -> str | None:
     """Where compiled loops lie: in `NUMBA_CACHE_DIR`, beside the package, or in the user's cache.
 
-    The first of them that can be written, or else a temporary folder.
+    The first of them that can be written and has room, or else a temporary folder; None if there is
+    no room anywhere.
     """
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
@@ -45,13 +53,14 @@ def cache_folder() -> str:
     name = f"energymodel-{digest.hexdigest()[:16]}"
     given = os.environ.get("NUMBA_CACHE_DIR")
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    places = [here / "__pycache__", user / "energymodel"]
+    places = [here / "__pycache__", user / "energymodel", Path(tempfile.gettempdir())]
     for place in [Path(given), *places] if given else places:
         folder = place / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(folder).free
         except OSError:
             continue
-        if os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) and room > _ROOM_BYTES:
             return str(folder)
-    return str(Path(tempfile.gettempdir()) / name)
+    return None

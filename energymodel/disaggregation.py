@@ -122,8 +122,7 @@ def _transfer(requests: Requests, prefill: Deployment, decode: Deployment) -> tu
     joules = total * (
         prefill.calibration.joules_per_link_byte + decode.calibration.joules_per_link_byte
     )
-    seconds: Array = per_gpu / bandwidth
-    return seconds, joules
+    return np.asarray(per_gpu / bandwidth, np.float64), np.asarray(joules, np.float64)
 
 
 def _merged(both: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
