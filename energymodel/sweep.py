@@ -21,12 +21,13 @@ from energymodel.calibrations import Calibration, load_calibration
 from energymodel.deployment import Deployment, deploy
 from energymodel.disaggregation import serve_disaggregated
 from energymodel.errors import CapacityError, ConfigurationError, EnergyModelError, TraceError
+from energymodel.fleet import Fleet, LatencyHistogram
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
 from energymodel.prefix import cached_share, with_given_share
 from energymodel.replicas import serve_on_replicas
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
-from energymodel.traces import Requests
+from energymodel.traces import Requests, read_batches
 from energymodel.units import JOULES_PER_KWH
 
 Array = NDArray[np.float64]
@@ -73,13 +74,16 @@ class Workload:
 
     binned: BinnedTrace
     requests: Requests | None
-    """None where the trace is too long to be held; then nothing is simulated exactly."""
+    """None where the trace is too long to be held; it is then read again for every simulation."""
     output_tokens: int
     prices: Mapping[str, float]
     """By canonical GPU name [USD per GPU and hour]."""
     max_model_len: int | None = None
     calibration: str | None = None
     """Calibration file in place of the GPUs' own."""
+    path: str = ""
+    """File to read piece by piece where `requests` is None."""
+    trace_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +195,8 @@ def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
         _check_site(setting)
         if mode == "binned":
             return _estimated(setting, workload, deployment_of(setting, workload))
+        if workload.requests is None:
+            return _streamed(setting, workload)
         point, _, _ = simulated(setting, workload)
     except EnergyModelError as error:
         return Point(setting=setting, mode=mode, reason=str(error))
@@ -270,15 +276,9 @@ def _estimated(setting: Setting, workload: Workload, deployment: Deployment) -> 
             f"a request of {trace.longest_tokens} tokens is longer than the "
             f"{deployment.max_model_len} tokens that {deployment.model.name} is served with"
         )
+    count = _count(setting, workload, deployment)
     duration = trace.duration_seconds / setting.arrival_scale
-    hit = setting.prefix_hit
-    if hit == "trace":
-        hit = 0.0 if workload.requests is None else cached_share(workload.requests)
-    load = {"arrival_scale": setting.arrival_scale, "prefix_hit": float(hit)}
-    if setting.replicas == "auto":
-        count = _fewest(trace, deployment, load, 30.0 + 0.1 * duration)
-    else:
-        count = _whole(setting.replicas)
+    load = _load(setting, workload)
     found = estimate(trace, deployment, count, **load)
     if found.waiting_seconds > max(duration, _HOPELESS_SECONDS):
         raise CapacityError(f"{count} replicas cannot keep up with the arrivals")
@@ -295,6 +295,21 @@ def _estimated(setting: Setting, workload: Workload, deployment: Deployment) -> 
         tpot=found.tpot_seconds,
         components={},
     )
+
+
+def _load(setting: Setting, workload: Workload) -> dict[str, float]:
+    hit = setting.prefix_hit
+    if hit == "trace":
+        hit = 0.0 if workload.requests is None else cached_share(workload.requests)
+    return {"arrival_scale": setting.arrival_scale, "prefix_hit": float(hit)}
+
+
+def _count(setting: Setting, workload: Workload, deployment: Deployment) -> int:
+    """Replicas asked for; for `auto` the fewest that the estimate says keep up."""
+    if setting.replicas != "auto":
+        return _whole(setting.replicas)
+    patience = 30.0 + 0.1 * workload.binned.duration_seconds / setting.arrival_scale
+    return _fewest(workload.binned, deployment, _load(setting, workload), patience)
 
 
 def _fewest(
@@ -329,21 +344,11 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
     TPOT is of the requests of more than one output token. Raises what `predict` raises.
     """
     if workload.requests is None:
-        raise ConfigurationError("the trace is too long to be simulated exactly here")
+        raise ConfigurationError("the trace is too long to be held at once")
     deployment = deployment_of(setting, workload)
     requests = _with_prefixes(workload.requests, setting, deployment)
     requests = replace(requests, arrival_seconds=requests.arrival_seconds / setting.arrival_scale)
-    longest = workload.binned.longest_tokens
-    if longest > deployment.max_model_len:
-        raise TraceError(
-            f"a request of {longest} tokens is longer than the {deployment.max_model_len} tokens "
-            f"that {deployment.model.name} is served with"
-        )
-    if longest > deployment.kv_tokens:
-        raise CapacityError(
-            f"a request of {longest} tokens does not fit the KV cache of {deployment.kv_tokens} "
-            "tokens"
-        )
+    _check_lengths(workload, deployment)
     if setting.prefill_replicas:
         count = _whole(setting.replicas)
         prefill = setting.prefill_replicas
@@ -379,6 +384,54 @@ def _with_prefixes(requests: Requests, setting: Setting, deployment: Deployment)
     uncached = replace(requests, cached_tokens=None)
     return with_given_share(
         uncached, float(setting.prefix_hit), block_tokens=deployment.serving.block_tokens
+    )
+
+
+def _check_lengths(workload: Workload, deployment: Deployment) -> None:
+    longest = workload.binned.longest_tokens
+    if longest > deployment.max_model_len:
+        raise TraceError(
+            f"a request of {longest} tokens is longer than the {deployment.max_model_len} tokens "
+            f"that {deployment.model.name} is served with"
+        )
+    if longest > deployment.kv_tokens:
+        raise CapacityError(
+            f"a request of {longest} tokens does not fit the KV cache of {deployment.kv_tokens} "
+            "tokens"
+        )
+
+
+def _streamed(setting: Setting, workload: Workload) -> Point:
+    """The exact point of a trace that is read piece by piece; latencies are rounded to 1 %."""
+    if setting.prefill_replicas or setting.prefix_hit != 0.0:
+        raise ConfigurationError(
+            "prefix caching and pools for prefill need a trace that can be held at once"
+        )
+    deployment = deployment_of(setting, workload)
+    _check_lengths(workload, deployment)
+    count = _count(setting, workload, deployment)
+    fleet = Fleet(deployment, count)
+    for piece in read_batches(workload.path, trace_format=workload.trace_format):
+        arrivals = piece.arrival_seconds / setting.arrival_scale
+        fleet.serve(arrivals, piece.input_tokens, piece.output_tokens)
+    served = fleet.finish()
+
+    def latency(histogram: LatencyHistogram) -> dict[str, float]:
+        found = {p: histogram.percentile(float(p[1:])) for p in _PERCENTILES}
+        return {p: value for p, value in found.items() if value is not None}
+
+    return _point(
+        setting,
+        workload,
+        deployment,
+        count,
+        mode="exact",
+        active=served.active_joules,
+        idle=served.idle_joules,
+        wall=served.wall_seconds,
+        ttft=latency(served.ttft),
+        tpot=latency(served.tpot),
+        components=served.by_component_joules,
     )
 
 

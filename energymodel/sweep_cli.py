@@ -144,11 +144,6 @@ def whatif(
             strict=strict,
             prefixes="trace" in axes["prefix_hit"],
         )
-        if workload.requests is None and (mode == "exact" or compare):
-            raise ConfigurationError(
-                f"{trace} is too large to be simulated for every setting; use --mode binned "
-                "without --compare, or a part of the trace"
-            )
         pair = None if compare is None else _pair(compare, len(settings))
         points, comparison = _sweep(
             settings,
@@ -156,7 +151,7 @@ def whatif(
             objective,
             targets,
             mode=mode,
-            confirm=confirm if workload.requests is not None else 0,
+            confirm=confirm,
             pair=pair,
             journal=None if output is None else output.with_name(output.name + ".points.jsonl"),
             backend=backend,
@@ -308,6 +303,8 @@ def load_workload(
         prices=prices,
         max_model_len=max_model_len,
         calibration=calibration,
+        path=trace,
+        trace_format=trace_format,
     )
 
 

@@ -133,6 +133,22 @@ def test_a_fleet_fed_in_pieces_equals_the_whole(replicas: int, threads: int) -> 
     assert served.ttft.percentile(90) == pytest.approx(ttft, rel=0.02)
 
 
+def test_a_trace_too_long_to_hold_is_simulated_piece_by_piece(
+    small: Workload, tmp_path: Path
+) -> None:
+    assert small.requests is not None
+    path = tmp_path / "trace.csv"
+    names = ("arrival_seconds", "input_tokens", "output_tokens")
+    pl.DataFrame({name: getattr(small.requests, name) for name in names}).write_csv(path)
+    long = replace(small, requests=None, path=str(path))
+    for scale in (1.0, 2.0):
+        setting = Setting(gpu="a100", replicas=2, arrival_scale=scale)
+        held, streamed = (evaluate(setting, one, "exact") for one in (small, long))
+        assert streamed.energy_joules == pytest.approx(held.energy_joules, rel=1e-9)
+        assert streamed.ttft_seconds["p90"] == pytest.approx(held.ttft_seconds["p90"], rel=0.05)
+    assert "held at once" in evaluate(Setting(gpu="a100", prefix_hit=0.5), long, "exact").reason
+
+
 # --- the front, the ranking, the comparison
 
 
