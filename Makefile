@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types docs docs-output bench clean
 
 help:
 	@echo 'make demo    energy of the built-in azure_code workload on an A100'
 	@echo 'make test    the test suite'
 	@echo 'make lint    ruff and the import contracts'
 	@echo 'make types   mypy --strict on energymodel/'
+	@echo 'make docs    the documentation as a site, in build/site'
 	@echo 'make bench   time the commands in benchmarks/'
 	@echo 'make clean   remove .venv and everything built'
 
@@ -28,6 +29,14 @@ lint: .venv/.installed-dev
 
 types: .venv/.installed-dev
 	$(BIN)/mypy
+
+docs: .venv/.installed-dev
+	$(BIN)/typer energymodel.cli utils docs --name energymodel --output docs/cli.md
+	$(BIN)/zensical build --strict
+
+# Runs every command in README.md and docs/, and writes what it prints today into the page.
+docs-output: .venv/.installed-dev
+	$(BIN)/python tests/docs_blocks.py
 
 bench: .venv/.installed-dev
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
