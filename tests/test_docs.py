@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from docs_blocks import ROOT, BlockError, Piece, Runner, compare, pages, pieces, prepare, refreshed
+
+import energymodel
+from energymodel.deployment import STACKS
+from energymodel.models import list_models, load_model
+from energymodel.operators import operator_table
+from energymodel.specs import Origin, ServingConfig
 
 GENERATED = {"cli.md"}  # made by `make docs`
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -105,3 +112,13 @@ def test_the_pages_of_the_site_are_all_in_its_menu() -> None:
     assert listed - GENERATED == {
         str(page.relative_to(ROOT / "docs")) for page in pages() if page.name != "README.md"
     }
+
+
+def test_the_glossary_defines_what_the_output_names() -> None:
+    defined = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "glossary.md").read_text("utf-8")))
+    result = energymodel.predict("translation", gpu="h100")
+    named = {*result.by_component_joules, *result.underestimate_factor, *STACKS, *get_args(Origin)}
+    everything = ServingConfig(tensor_parallel=2, pipeline_parallel=2)
+    for model in list_models():
+        named |= {*operator_table(load_model(model), everything).names}
+    assert named <= defined, named - defined
