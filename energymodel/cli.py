@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from calibration.calibrate_cli import calibrate
+from calibration.fit_cli import fit
 from energymodel import __version__
 from energymodel.errors import ConfigurationError
 from energymodel.plan_cli import plan
@@ -213,6 +214,7 @@ def trace_describe(
 app.command()(whatif)
 app.command()(plan)
 app.command()(calibrate)
+app.command()(fit)
 
 
 @app.command()
