@@ -290,6 +290,31 @@ def test_power_limit_holds_and_stretches_time() -> None:
     assert joules / capped.totals["now"] <= cap * (1 + 1e-6)
 
 
+@settings(max_examples=15)
+@given(triples=requests)
+def test_under_the_power_limit_equals_the_plain_simulator(
+    triples: list[tuple[float, int, int]],
+) -> None:
+    triples = ordered(triples)
+    cap = 135.0  # W; the base is 120 W, so that most steps are held down
+    result, _ = run(tiny(), triples, cap=cap, jump=False)
+    arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
+    expected = simulate_plainly(
+        arrivals,
+        inputs,
+        outputs,
+        model=tiny(),
+        serving=SMALL,
+        gpu=gpu(),
+        calibration=calibration(power_cap_watts=cap),
+    )
+    _, finish = as_arrays(expected, len(triples))
+    assert result.totals["steps"] == expected.steps
+    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-7)
+    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    np.testing.assert_allclose(joules, expected.joules, rtol=1e-7)
+
+
 def test_static_batches_run_to_the_longest_output() -> None:
     costs = cost_tables(
         tiny(), ServingConfig(stack="transformers", max_batch=2), gpu(), calibration()
