@@ -127,10 +127,11 @@ def _statements(body: str, line: int, start: int) -> Iterator[Piece]:
 
 
 class Runner:
-    """Runs the pieces of one page in a folder."""
+    """Runs the pieces of one page in a folder, commands with those beside `python`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path = Path(sys.executable)) -> None:
         self.folder = folder
+        self.commands = python.parent
         self.names: dict[str, object] = {"__name__": "__main__"}
 
     def run(self, piece: Piece) -> str | None:
@@ -163,7 +164,7 @@ class Runner:
         return self._bash(piece, small)
 
     def _bash(self, piece: Piece, command: str) -> str:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{self.commands}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-c", f"set -o pipefail\n{command}"],
             cwd=self.folder,

@@ -10,10 +10,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from docs_blocks import Runner, compare, pieces
+
+import energymodel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "profiles"
@@ -68,11 +72,16 @@ def files_below(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the source distribution as a release would be."""
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the source distribution, and of the wheel that is built from it."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
-    (built,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(release: Path) -> Path:
+    (built,) = release.glob("*.whl")
     return built
 
 
@@ -84,6 +93,37 @@ def test_the_wheel_holds_both_packages_and_all_data_files(wheel: Path) -> None:
     assert shipped == files_below(PROFILES)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "profiles/")) for name in names)
+
+
+def test_the_source_distribution_holds_what_a_packager_needs(release: Path) -> None:
+    (built,) = release.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("LICENSE", "CITATION.cff", "README.md", "Makefile", "mkdocs.yml", "docs/index.md"):
+        assert name in names
+    assert {"tests/test_packaging.py", "profiles/grids.csv", "pyproject.toml"} <= names
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {energymodel.__version__}\n" in citation
+
+
+def test_the_quick_start_works_word_for_word_with_only_the_wheel(
+    wheel: Path, tmp_path: Path
+) -> None:
+    python = fresh_environment(tmp_path / "venv")
+    install(python, wheel)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    runner = Runner(folder, python)
+    statements = ["import energymodel; assert 'site-packages' in energymodel.__file__"]
+    for piece in pieces((ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")):
+        if piece.kind == "python":
+            statements.append(piece.source)
+        elif (printed := runner.run(piece)) is not None and piece.shown.strip():
+            compare(piece, printed)
+    run(python, "-c", "\n".join(statements), cwd=folder)
 
 
 def test_an_installed_wheel_finds_its_own_data_files(wheel: Path, tmp_path: Path) -> None:
