@@ -67,8 +67,8 @@ _FEWEST_FAMILIES = 3
 _FEWEST_RUNS, _RUNS_FOR_P90 = 3, 10
 """Held-out runs that an interval takes at least; with fewer than 10, their largest error counts."""
 _WIDER = 1.25
-_WHOLE_RUNS = ("kernel_gap_seconds", "base_watts")
-"""What runs tell of the GPU beside the stacks' host times."""
+_WHOLE_RUNS = ("kernel_gap_seconds", "burst_joules")
+"""What only whole runs tell of the GPU, beside the stacks' host times."""
 _DIGITS = 6
 
 
@@ -275,7 +275,9 @@ def fit_windows(
                 kernel = fit_kernel_seconds(part, gpu, fitted, op_class)
                 fitted = replace(fitted, kernels={**fitted.kernels, op_class: kernel})
     parameters = [
-        _from_start(p, fitted) for p in PARAMETERS if not p.paths[0].startswith("stacks.")
+        _from_start(p, fitted)
+        for p in PARAMETERS
+        if not p.paths[0].startswith("stacks.") and p.paths[0] not in _WHOLE_RUNS
     ]
     parameters += [
         Parameter(paths=(f"joules_per_flop.{dtype}",), prior=1.0)
@@ -306,7 +308,7 @@ def _run_parameters(start: Calibration, runs: Sequence[Run]) -> list[Parameter]:
     for parameter in PARAMETERS:
         path = parameter.paths[0]
         stacks = {p.split(".")[1] for p in parameter.paths if p.startswith("stacks.")}
-        if path in _WHOLE_RUNS or stacks & measured:
+        if path in (*_WHOLE_RUNS, "base_watts") or stacks & measured:
             chosen.append(_from_start(parameter, start))
     return chosen
 

@@ -1,14 +1,21 @@
-"""The file of windows: append-only JSON lines, on disk line by line, one writer at a time."""
+"""Files of records: append-only JSON lines, on disk line by line.
+
+`WindowFile` is the runner's: one writer, resumed. `append_record` is for serving records, which
+one process after another appends.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from calibration.windows import read_jsonl
 from energymodel.errors import ConfigurationError, EnergyModelError
@@ -119,3 +126,31 @@ class WindowFile:
 
 def _gpu_names(identity: Mapping[str, Any]) -> list[str]:
     return [str(gpu.get("name")) for gpu in identity.get("gpus", [])]
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line and sync it to disk; a torn last line is closed first."""
+    line = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _finite(value: Any) -> Any:
+    """Turn a value into plain JSON types; NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _finite(value.tolist())
+    if isinstance(value, list | tuple | set):
+        return [_finite(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)

@@ -35,7 +35,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from calibration.host_speed import host_speed
 from calibration.meter import NvmlMeter
+from calibration.recording import append_record
 from calibration.serving_engine import Engine, RunLog, TimeUpError, build, clock, preload
 from calibration.serving_plan import (
     Case,
@@ -53,6 +55,9 @@ SCHEMA = 1
 COUNTER_LAG_SECONDS = 0.04
 """How long after the work's end the counter is left alone, so that the tick holds all of it."""
 WARMUP_OUTPUT_TOKENS = 16
+_WARM_UP_TOKENS: dict[str, int | None] = {"transformers": None}
+"""Output tokens of the warm-up by stack; None = all. Transformers' attention (cuDNN) plans anew
+for each KV length it meets for the first time, about 60 ms a step: it must have met them all."""
 CASE_OVERHEAD_SECONDS = 1.5
 """Warm-up and ticks of a case beside its window."""
 STEPS_KEPT = 6000
@@ -66,34 +71,6 @@ class TickMeter(Meter, Protocol):
 
     def wait_tick(self) -> Reading:
         """Return the counter at its next tick."""
-
-
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and sync it to disk; a torn last line is closed first."""
-    line = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    with path.open("a+b") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _finite(value: Any) -> Any:
-    """Turn a value into plain JSON types; NaN and infinity become None."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return _finite(value.tolist())
-    if isinstance(value, list | tuple | set):
-        return [_finite(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def metered(meter: TickMeter, name: str, work: Callable[[], Sequence[RunLog]]) -> dict[str, Any]:
@@ -130,9 +107,18 @@ def metered(meter: TickMeter, name: str, work: Callable[[], Sequence[RunLog]]) -
 
 
 def measure_case(
-    engine: Engine, meter: TickMeter, case: Case, plan: Plan, vocab_size: int, deadline: float
+    engine: Engine,
+    meter: TickMeter,
+    case: Case,
+    plan: Plan,
+    vocab_size: int,
+    deadline: float,
+    *,
+    warm_up_tokens: int | None = WARMUP_OUTPUT_TOKENS,
 ) -> dict[str, Any]:
     """Measure a static or trace case: a warm-up, then repeats until the window is full.
+
+    `warm_up_tokens` are the output tokens of each request of the warm-up; None = all of them.
 
     Raises
     ------
@@ -142,7 +128,8 @@ def measure_case(
     requests = requests_of(case, plan.folder)
     prompts = _prompts(requests, vocab_size, plan.seed)
     prepared = engine.prepare(requests, prompts)
-    engine.run(*_warm_up(engine, case, requests, prompts), deadline)
+    warm_up = _warm_up(engine, case, requests, prompts, warm_up_tokens)
+    engine.run(warm_up, deadline)
 
     def work() -> list[RunLog]:
         logs = [engine.run(prepared, deadline)]
@@ -177,16 +164,19 @@ def measure_case(
 
 
 def _warm_up(
-    engine: Engine, case: Case, requests: Requests, prompts: list[list[int]]
-) -> tuple[Any]:
+    engine: Engine,
+    case: Case,
+    requests: Requests,
+    prompts: list[list[int]],
+    most_tokens: int | None,
+) -> Any:
     """Prepare the same batch with few output tokens; of a trace the first requests, at once."""
     count = len(requests) if case.kind == "static" else min(len(requests), 16)
-    short = Requests(
-        np.zeros(count),
-        requests.input_tokens[:count],
-        np.minimum(requests.output_tokens[:count], WARMUP_OUTPUT_TOKENS),
-    )
-    return (engine.prepare(short, prompts[:count]),)
+    outputs = requests.output_tokens[:count]
+    if most_tokens is not None:
+        outputs = np.minimum(outputs, most_tokens)
+    short = Requests(np.zeros(count), requests.input_tokens[:count], outputs)
+    return engine.prepare(short, prompts[:count])
 
 
 def _prompts(requests: Requests, vocab_size: int, seed: int) -> list[list[int]]:
@@ -296,7 +286,15 @@ def run_cases(
             elif case.kind == "experts":
                 result = measure_experts(engine, case, plan.seed, vocab_size)
             else:
-                result = measure_case(engine, meter, case, plan, vocab_size, deadline)
+                result = measure_case(
+                    engine,
+                    meter,
+                    case,
+                    plan,
+                    vocab_size,
+                    deadline,
+                    warm_up_tokens=_WARM_UP_TOKENS.get(run.stack, WARMUP_OUTPUT_TOKENS),
+                )
         except TimeUpError as error:
             write({"kind": "skipped", **base, "reason": str(error)})
         except Exception as error:  # one case must not end the others
@@ -357,6 +355,7 @@ def run_engine(plan: Plan, index: int, out: Path) -> int:
                     "cuda_in_import": cuda_in_import,
                     "startup_seconds": clock() - began,
                     "settings": engine.settings(),
+                    "host": host_speed(),
                     "identity": meter.identity(),
                 }
             )

@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration import serving, serving_engine
-from calibration.serving import append_record, metered, run_cases, run_plan
+from calibration.host_speed import host_speed
+from calibration.recording import append_record
+from calibration.serving import metered, run_cases, run_plan
 from calibration.serving_engine import RunLog, TimeUpError, VllmEngine
 from calibration.serving_plan import (
     Case,
@@ -133,6 +135,7 @@ class StepEngine:
         self.world = world
         self.seconds = seconds
         self.served: list[int] = []
+        self.lengths: list[int] = []
 
     def prepare(self, requests: Requests, prompts: list[list[int]]) -> Any:
         if len(requests) == 13:
@@ -146,6 +149,7 @@ class StepEngine:
         start, tokens = self.world.now, int(prepared.output_tokens[0])
         self.world.work(self.seconds)
         self.served.append(len(prepared))
+        self.lengths.append(tokens)
         ends = np.linspace(0, self.seconds, tokens + 1)[1:]
         batch = np.full(tokens, len(prepared))
         return RunLog(
@@ -170,9 +174,11 @@ def a_plan(**changes: Any) -> Plan:
     return Plan(**{"name": "t", "runs": (), "folder": Path(), "window_seconds": 2.5, **changes})
 
 
-def outcomes(engine: Any, world: World, *cases: Case, deadline: float = 1e9) -> list[Any]:
+def outcomes(
+    engine: Any, world: World, *cases: Case, deadline: float = 1e9, stack: str = "vllm"
+) -> list[Any]:
     records: list[dict[str, Any]] = []
-    run = EngineRun(model="m", stack="vllm", budget_seconds=1, cases=cases)
+    run = EngineRun(model="m", stack=stack, budget_seconds=1, cases=cases)
     run_cases(
         engine,
         WorldMeter(world),
@@ -229,6 +235,23 @@ def test_a_short_case_repeats_until_the_window_is_full(world: World) -> None:
     assert record["tpot_seconds"]["p90"] == pytest.approx(0.06)
     assert record["steps"]["tokens"].tolist() == [28, 4, 4, 4, 4]
     assert record["window"]["valid"] is True
+
+
+@pytest.mark.parametrize(("stack", "warm_up"), [("vllm", 16), ("transformers", 40)])
+def test_transformers_has_met_every_length_before_it_is_metered(
+    world: World, stack: str, warm_up: int
+) -> None:
+    engine = StepEngine(world)
+    outcomes(engine, world, Case(input_tokens=7, output_tokens=40, batch=4), stack=stack)
+    assert engine.lengths[0] == warm_up
+    assert set(engine.lengths[1:]) == {40}
+
+
+def test_a_host_tells_its_speed() -> None:
+    found = host_speed()
+    assert 1e-9 < found["python_step_seconds"] < 1e-4
+    assert found["cpu_count"] >= 1
+    assert found["launch_seconds"] is None or found["launch_seconds"] > 0
 
 
 def test_a_single_output_token_has_no_tpot_and_no_decode_step(world: World) -> None:
