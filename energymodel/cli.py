@@ -115,6 +115,9 @@ def predict(
     grid: Annotated[
         str | None, typer.Option(help="Country, or carbon intensity in gCO2e/kWh.")
     ] = None,
+    electricity_price: Annotated[
+        str | None, typer.Option(help="US state, or price of electricity in USD/kWh.")
+    ] = None,
     format: Annotated[
         PredictionFormat, typer.Option(help="How to print; csv and parquet hold the bins.")
     ] = PredictionFormat.table,
@@ -133,6 +136,9 @@ def predict(
     emissions: Annotated[
         Path | None, typer.Option(help="Also append a row to this emissions.csv (CodeCarbon's).")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a web page with charts to this .html file.")
+    ] = None,
 ) -> None:
     """Predict the energy of serving a request trace.
 
@@ -147,6 +153,10 @@ def predict(
         from energymodel.workload import predict as run  # noqa: PLC0415
 
         check_emissions_file(emissions, output, trace, gpu, model, calibration)
+        if report is not None:
+            from energymodel.html_report import check_report_file, html_report  # noqa: PLC0415
+
+            check_report_file(report, output, emissions, trace, gpu, model, calibration)
         result = run(
             trace,
             gpu=gpu,
@@ -164,6 +174,7 @@ def predict(
             binning=binning,
             pue=pue,
             grid=grid,
+            electricity_price=electricity_price,
             seed=seed,
             trace_format=trace_format,
             strict=strict,
@@ -182,6 +193,8 @@ def predict(
 
             place = None if grid is None else load_grid_intensity(grid)
             append_emissions(emissions_row(result, place), emissions)
+        if report is not None:
+            write_text(html_report(result), report)
 
 
 @trace_app.command("describe")

@@ -96,7 +96,10 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def hover(artist: Artist, text: str) -> None:
-    """Give an artist the text that the HTML report shows when it is pointed at (its SVG id)."""
+    """Give an artist the text that the HTML report shows when it is pointed at.
+
+    It is kept as the id of the SVG group; only such ids hold spaces.
+    """
     artist.set_gid(text)
 
 

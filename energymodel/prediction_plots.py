@@ -18,6 +18,7 @@ from energymodel.plot_style import (
     MUTED,
     NARROW_INCHES,
     PHASE_COLORS,
+    RULE,
     figure_function,
     grid_only,
     hover,
@@ -25,7 +26,9 @@ from energymodel.plot_style import (
     unit_ticks,
 )
 from energymodel.report import (
+    COMPONENTS,
     LATENCIES,
+    gap_text,
     joules_text,
     range_text,
     rate_text,
@@ -85,7 +88,8 @@ def _share_bars(
     bars = axes.barh(names, values, color=[colors.get(name, BLUE) for name in names], height=0.72)
     for name, value, bar in zip(names, values, bars, strict=True):
         text = f"{joules_text(value)}, {share_text(value / total)}"
-        hover(bar, f"{name}: {text}")
+        meaning = f" ({COMPONENTS[name]})" if name in COMPONENTS else ""
+        hover(bar, f"{name}: {text}{meaning}")
         axes.annotate(
             text,
             (value, bar.get_y() + 0.36),
@@ -114,7 +118,7 @@ def bin_heatmap(bins: Sequence[BinEnergy], *, width_inches: float = _WIDTH) -> F
     columns = sorted({(b.output_low, b.output_high) for b in bins})
     energies = np.array([b.energy_joules for b in bins])
     largest, total = energies.max(), energies.sum()
-    norm = LogNorm(max(energies.min(), 1e-4 * largest) * 0.999, largest)
+    norm = LogNorm(np.clip(energies.min(), 1e-4 * largest, 0.1 * largest), largest)
     colormap = colormaps[HEAT]
     figure = new_figure(width_inches, 1.3 + 0.3 * len(rows))
     axes = figure.subplots()
@@ -125,7 +129,7 @@ def bin_heatmap(bins: Sequence[BinEnergy], *, width_inches: float = _WIDTH) -> F
             columns.index((b.output_low, b.output_high)),
         )
         shade = norm(b.energy_joules)
-        cell = Rectangle((column, row), 1, 1, facecolor=colormap(shade), edgecolor="none")
+        cell = Rectangle((column, row), 1, 1, facecolor=colormap(shade), edgecolor=RULE, lw=0.5)
         hover(axes.add_patch(cell), _bin_text(b, total))
         share = 100.0 * b.energy_joules / total
         if room and share >= 0.05:
@@ -179,7 +183,7 @@ def naive_gap(result: Prediction, *, width_inches: float = _WIDTH) -> Figure:
     )
     spread = range_text(result.energy_joules_low, result.energy_joules_high)
     texts = [f"{joules_text(result.energy_joules)}, {result.interval_level:.0%}: {spread}"]
-    texts += [f"{joules_text(v)}, {_gap_text(result.energy_joules / v)}" for v in values]
+    texts += [f"{joules_text(v)}, {gap_text(result.energy_joules / v)}" for v in values]
     tops = [result.energy_joules_high, *values]
     for label, text, bar, top in zip(labels, texts, bars, tops, strict=True):
         hover(bar, f"{label}: {text}")
@@ -206,19 +210,13 @@ def naive_gap(result: Prediction, *, width_inches: float = _WIDTH) -> Figure:
     return figure
 
 
-def _gap_text(factor: float) -> str:
-    """How far a rule's answer is from one that is `factor` times as large."""
-    if factor >= 1.0:
-        return f"{three_digits(factor)}x too low"
-    return f"{three_digits(1.0 / factor)}x too high"
-
-
 @figure_function
 def roofline(result: Prediction, *, width_inches: float = _WIDTH) -> Figure:
     """FLOP/s that each operator reaches over its FLOPs per byte of device memory, on one GPU.
 
     Roofs are the datasheet's. The area of a point is its share of the energy. Operators without
-    FLOPs in matrix products (norms, sampling) have no place on it; a note says what they take.
+    FLOPs in matrix products (norms, sampling), or that find all their data on the chip, have no
+    place on it; a note says what they take.
     """
     peak, bandwidth = result.peak_flops_per_s, result.hbm_bytes_per_s
     points = []
@@ -241,7 +239,7 @@ def roofline(result: Prediction, *, width_inches: float = _WIDTH) -> Figure:
     axes.annotate(
         f"{rate_text(peak, 'FLOP/s')}",
         (x[-1], peak),
-        (0, 3),
+        (0, 9),
         ha="right",
         textcoords="offset points",
         fontsize=7.5,
@@ -282,7 +280,7 @@ def roofline(result: Prediction, *, width_inches: float = _WIDTH) -> Figure:
     if rest := set(result.operator_work) - {point[0] for point in points}:
         share = sum(result.by_operator_joules.get(name, 0.0) for name in rest)
         axes.set_title(
-            f"without FLOPs: {share / result.energy_joules:.1%} of the energy",
+            f"no FLOPs or no bytes: {share_text(share / result.energy_joules)} of the energy",
             loc="right",
             fontsize=7.5,
             fontweight="normal",

@@ -100,6 +100,15 @@ def grams_text(grams: float) -> str:
     return _with_unit(grams, _GRAMS)
 
 
+def gap_text(factor: float) -> str:
+    """How far an answer is from one that is `factor` times as large: `6.56x too low`."""
+    if 0.995 <= factor < 1.005:
+        return "the same"
+    if factor >= 1.0:
+        return f"{three_digits(factor)}x too low"
+    return f"{three_digits(1.0 / factor)}x too high"
+
+
 def share_text(share: float) -> str:
     """A share in %: `12.3%`, `<0.1%`."""
     return "<0.1%" if 0.0 < share < 0.0005 else f"{share:.1%}"

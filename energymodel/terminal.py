@@ -50,13 +50,14 @@ def print_text(text: str) -> None:
         raise EnergyModelError(f"standard output cannot be written: {error.strerror}") from error
 
 
-def check_writable(output: Path | None, *inputs: str | None) -> None:
+def check_writable(output: Path | None, *inputs: str | None, option: str = "--output") -> None:
     """Fail before the work, not after it.
 
     Parameters
     ----------
     output : where a result will be written; None is the terminal
     inputs : names or files that the command reads; `output` may be none of them
+    option : that named the file, for messages
 
     Raises
     ------
@@ -67,21 +68,21 @@ def check_writable(output: Path | None, *inputs: str | None) -> None:
         return
     try:
         if output.is_dir():
-            raise EnergyModelError(f"--output {output} is a folder; name a file")
+            raise EnergyModelError(f"{option} {output} is a folder; name a file")
         for read in inputs:
             if output.is_file() and read and Path(read).is_file() and output.samefile(read):
                 raise EnergyModelError(
-                    f"--output {output} would overwrite {read}, which is read; name another file"
+                    f"{option} {output} would overwrite {read}, which is read; name another file"
                 )
         target = _target(output)
         folder_exists = target.parent.is_dir()
         writable = os.access(target.parent if _is_replaced(target) else target, os.W_OK)
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, null byte
-        raise EnergyModelError(f"--output {str(output)!r} is no usable path: {error}") from error
+        raise EnergyModelError(f"{option} {str(output)!r} is no usable path: {error}") from error
     if not folder_exists:
-        raise EnergyModelError(f"--output {output}: the folder {target.parent} does not exist")
+        raise EnergyModelError(f"{option} {output}: the folder {target.parent} does not exist")
     if not writable:
-        raise EnergyModelError(f"--output {output} cannot be written; choose another place")
+        raise EnergyModelError(f"{option} {output} cannot be written; choose another place")
 
 
 def write_text(text: str, output: Path | None) -> None:

@@ -88,6 +88,7 @@ def wheel(release: Path) -> Path:
 def test_the_wheel_holds_both_packages_and_all_data_files(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"energymodel/py.typed", "energymodel/specs.py", "calibration/__init__.py"} <= names
+    assert {f"energymodel/templates/report.{kind}" for kind in ("html", "css", "js")} <= names
     prefix = "energymodel/_profiles/"
     shipped = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     assert shipped == files_below(PROFILES)

@@ -14,6 +14,7 @@ import energymodel
 from energymodel import plots
 from energymodel.errors import EnergyModelError
 from energymodel.plot_style import COLORS, NARROW_INCHES
+from energymodel.report import joules_text
 from energymodel.results import Prediction
 
 mpl = pytest.importorskip("matplotlib", reason="the figures' library is an extra")
@@ -138,7 +139,8 @@ def test_heat_map_has_a_cell_for_each_bin(result: Prediction) -> None:
     assert len(texts) == len(result.bins)
     for b in result.bins:
         start = f"input {b.input_low}-{b.input_high}, output {b.output_low}-{b.output_high}: "
-        assert sum(text.startswith(start) for text in texts) == 1
+        (text,) = (text for text in texts if text.startswith(start))
+        assert text.startswith(start + joules_text(b.energy_joules))
 
 
 def test_roofline_points_lie_under_the_roof(result: Prediction) -> None:
