@@ -63,7 +63,7 @@ def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # typ
     if fixed + core <= watts * (max(seconds, host) + gap):
         return 1.0, 1.0, seconds, 0.0
     low, high = _LOWEST_CLOCK, 1.0
-    x = 1.0
+    x = max(0.5 * (low + high), watts * (max(seconds, host) + gap) / (fixed + core))
     for _ in range(60):
         power = core * x**exponent
         seconds = memory + compute / x
@@ -76,11 +76,11 @@ def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # typ
         if seconds > host:
             slope += watts * compute / (x * x)
         following = x - excess / slope if slope > 0.0 else 0.5 * (low + high)
-        if not low < following < high:
-            following = 0.5 * (low + high)
         if abs(following - x) < 1e-13:
             x = following
             break
+        if not low < following < high:
+            following = 0.5 * (low + high)
         x = following
     g = x**exponent
     seconds = memory + compute / x
