@@ -28,6 +28,7 @@ _PURPOSES = {
 }
 """Extras a user may want, and what for; those for development are left out."""
 
+_MEASURE = "measure it (`energymodel calibrate`, then `energymodel fit`)"
 _REQUIREMENT = re.compile(r"([\w.-]+)[^;]*(?:;.*extra\s*==\s*[\"']([\w-]+)[\"'])?")
 
 
@@ -221,11 +222,11 @@ def _board_findings(board: Board, name: str | None, calibrated: set[str]) -> lis
             "(`energymodel schema gpu`)"
         )
     elif name not in calibrated:
-        findings.append(f"{where} has no calibration: measure it, or pass one with --calibration")
+        findings.append(f"{where} has no calibration: {_MEASURE}, or pass one with --calibration")
     elif load_calibration(name).origin != "measured":
         findings.append(
-            f"{where}: the calibration of {name} rests on {load_calibration(name).origin}; "
-            "measuring this board makes the interval narrower"
+            f"{where}: the calibration of {name} rests on {load_calibration(name).origin}; for a "
+            f"narrower interval {_MEASURE}"
         )
     if board.split:
         findings.append(f"{where} is split by MIG: it cannot be metered; use a whole GPU")
