@@ -116,7 +116,8 @@ def test_the_pages_of_the_site_are_all_in_its_menu() -> None:
 def test_the_glossary_defines_what_the_output_names() -> None:
     defined = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "glossary.md").read_text("utf-8")))
     result = energymodel.predict("translation", gpu="h100")
-    named = {*result.by_component_joules, *result.underestimate_factor, *STACKS, *get_args(Origin)}
+    named = {*result.to_dict(), *STACKS, *get_args(Origin)}
+    named |= {*result.by_component_joules, *result.underestimate_factor}
     everything = ServingConfig(tensor_parallel=2, pipeline_parallel=2)
     for model in list_models():
         named |= {*operator_table(load_model(model), everything).names}
