@@ -15,6 +15,8 @@ from energymodel.simulator import Simulation
 
 Array = NDArray[np.float64]
 
+_ROUNDING = 1e-9  # of times that are sums over many steps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Served:
@@ -145,8 +147,10 @@ def timeline(
     prefill, decode, busy = np.sum([_joined(run, width) for run in runs], axis=0).T
     starts = np.arange(int(np.ceil(wall_seconds / width))) * width
     count = starts.size
-    lengths = np.minimum(width, wall_seconds - starts)
-    idle = np.maximum(lengths * replicas - busy[:count], 0.0) * _idle_watts(deployment)
+    held = np.minimum(width, wall_seconds - starts) * replicas
+    idle_seconds = held - busy[:count]
+    idle_seconds[idle_seconds < _ROUNDING * held] = 0.0
+    idle = idle_seconds * _idle_watts(deployment)
     group = float(deployment.gpus_per_replica)
 
     def joules(values: Array) -> tuple[float, ...]:

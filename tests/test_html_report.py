@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -215,6 +218,51 @@ def test_inline_svg_keeps_the_texts(result: Prediction) -> None:
     assert "<title>TTFT p50: " in svg
     assert "xlink" not in svg
     assert "font-family" not in svg
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+PROBE = """<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(String(event.message || event.target.src)), true);
+addEventListener("load", () => {
+  const bar = [...document.querySelectorAll("svg.chart .hover")].find((e) => e.checkVisibility());
+  const box = bar.getBoundingClientRect();
+  const at = {clientX: box.x + 1, clientY: box.y + 1, bubbles: true};
+  bar.firstElementChild.dispatchEvent(new PointerEvent("pointermove", at));
+  document.documentElement.dataset.probe = JSON.stringify({
+    errors,
+    requests: performance.getEntriesByType("resource").map((entry) => entry.name),
+    width: innerWidth,
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    tip: document.getElementById("tip").textContent,
+    charts: [...document.querySelectorAll("svg.chart")].filter((e) => e.checkVisibility()).length,
+  });
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_it_without_errors_or_requests(
+    text: str, tmp_path: Path, width: int
+) -> None:
+    assert BROWSER is not None
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("<head>", "<head>" + PROBE, 1), encoding="utf-8")
+    outcome = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/p",
+         f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in outcome.stderr
+    (found,) = re.findall(r'data-probe="([^"]*)"', outcome.stdout)
+    probe = json.loads(unescape(found))
+    assert probe["errors"] == []
+    assert probe["requests"] == []
+    assert probe["overflow"] <= 0
+    assert probe["charts"] == 6
+    assert "J, " in probe["tip"]
+    assert (probe["width"] <= 600) == (width <= 600)
 
 
 # --- the command --------------------------------------------------------------------------------
