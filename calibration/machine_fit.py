@@ -210,8 +210,8 @@ def fit_machine(
     errors = _summaries(rows, *held_out_windows(rows, gpu, start))
     found, left_out = read_own(measured.serving_files)
     mine = [r for r in found if usable(r, gpu.name)]
-    runs = [r for r in runs_of(mine) if r.row.phase in ("prefill", "batch")]
-    replays = [r for r in runs_of(mine) if r.row.phase not in ("prefill", "batch")]
+    runs = runs_of([row for row in mine if row.phase in ("prefill", "batch")])
+    replays = runs_of([row for row in mine if row.phase == "trace"])
     calibration = kernels
     held_out: dict[str, list[tuple[Run, Calibration]]] = {}
     if runs:

@@ -53,7 +53,7 @@ def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[Lef
             try:
                 if record["kind"] == "engine":
                     engines[record["plan"], record["run"]] = record
-                elif record["kind"] == "run":
+                elif record["kind"] in ("run", "steady"):
                     item = _row(record, engines.get((record["plan"], record["run"])))
                     if isinstance(item, str):
                         reasons[item] += 1
@@ -113,7 +113,7 @@ def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str,
 
 
 def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> MeasuredRow | str:
-    """Turn a record of kind `run` into a row, or say why it is none."""
+    """Turn a record of kind `run` or `steady` into a row, or say why it is none."""
     if engine is None:
         raise EnergyModelError("a run without the record of its engine before it")
     if not record["window"]["valid"]:
@@ -127,10 +127,12 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
     boards = engine["identity"]["gpus"]
     gpu = load_gpu(boards[0]["name"]).name
     model_name = Path(record["model"]).name.removesuffix(".json")
-    output_tokens = record["output_tokens"]
     name = f"{model_name} {record['case_name'].removeprefix('static-').replace('-', ' ')}"
-    unsteady = False
-    if case["kind"] == "static":
+    unsteady, ramp = False, None
+    if record["kind"] == "steady":
+        requests, ramp = _steady_requests(name, record)
+        phase = "saturated"
+    elif case["kind"] == "static":
         unsteady = _unsteady(record["decode_step_seconds"])
         requests = offline(name, [case["input_tokens"]] * case["batch"], case["output_tokens"])
         phase = "prefill" if case["output_tokens"] == 1 else "batch"
@@ -145,16 +147,44 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
         model_name=model_name,
         stack=record["stack"],
         phase=phase,
-        batch=len(requests.input_tokens),
+        batch=record.get("sequences", len(requests.input_tokens)),
         requests=requests,
-        options=_options(record["stack"], settings, asked, requests),
-        joules_per_output_token=record["joules_per_repeat"] / output_tokens,
-        seconds_per_output_token=record["seconds_per_repeat"] / output_tokens,
+        ramp=ramp,
+        options=_options(record["stack"], settings, asked, requests) | _in_flight(record),
+        joules_per_output_token=_per_token(record, "joules"),
+        seconds_per_output_token=_per_token(record, "seconds"),
+        mean_batch=record.get("mean_sequences"),
         ttft_seconds=_median(record["ttft_seconds"]),
         tpot_seconds=_median(record["tpot_seconds"]),
         unsteady=unsteady,
         note=f"weights: {settings.get('weights', 'unknown')}; plan {record['plan']}",
     )
+
+
+def _per_token(record: Mapping[str, Any], what: str) -> float:
+    if record["kind"] == "steady":
+        return float(record[f"{what}_per_output_token"])
+    return float(record[f"{what}_per_repeat"] / record["output_tokens"])
+
+
+def _in_flight(record: Mapping[str, Any]) -> dict[str, int]:
+    return {"max_batch": record["sequences"]} if record["kind"] == "steady" else {}
+
+
+def _steady_requests(name: str, record: Mapping[str, Any]) -> tuple[Requests, Requests]:
+    """Two offline workloads whose difference is what was admitted in the window.
+
+    Both begin with what was admitted before it, and drain with as many requests as were in flight.
+    """
+    inputs = np.array(record["requests"]["input_tokens"], dtype=np.int64)
+    outputs = np.array(record["requests"]["output_tokens"], dtype=np.int64)
+    before, sequences = record["requests"]["before_window"], record["sequences"]
+    if before >= len(inputs):
+        raise EnergyModelError("no request was admitted in the window; measure for longer")
+    drain = np.resize(np.arange(before, len(inputs)), sequences)
+    whole = np.r_[0 : len(inputs), drain]
+    ramp = np.r_[0:before, drain]
+    return offline(name, inputs[whole], outputs[whole]), offline(name, inputs[ramp], outputs[ramp])
 
 
 def _trace_requests(name: str, trace: Mapping[str, Any]) -> Requests:

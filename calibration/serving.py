@@ -48,6 +48,7 @@ from calibration.serving_plan import (
     model_config,
     requests_of,
 )
+from calibration.serving_steady import measure_steady
 from calibration.windows import Meter, Reading, window_to_json
 from energymodel.errors import EnergyModelError
 
@@ -283,6 +284,8 @@ def run_cases(
                 raise TimeUpError("the time for this engine is used up")
             if case.kind == "idle":
                 result = measure_idle(engine, meter, case)
+            elif case.kind == "steady":
+                result = measure_steady(engine, meter, case, plan, vocab_size, deadline)
             elif case.kind == "experts":
                 result = measure_experts(engine, case, plan.seed, vocab_size)
             else:
@@ -300,12 +303,12 @@ def run_cases(
         except Exception as error:  # one case must not end the others
             write({"kind": "error", **base, **_described(error)})
         else:
-            kind = case.kind if case.kind in ("idle", "experts") else "run"
+            kind = "run" if case.kind in ("static", "trace") else case.kind
             write({"kind": kind, **base, "case_seconds": clock() - began, **result})
 
 
 def _least_seconds(case: Case, plan: Plan) -> float:
-    if case.kind == "idle":
+    if case.kind in ("idle", "steady"):
         return case.seconds
     if case.kind == "trace":
         return max(plan.window_seconds, float(requests_of(case, plan.folder).arrival_seconds[-1]))

@@ -148,6 +148,9 @@ class VllmEngine:
         self._count = 0
         self._steps: list[tuple[float, int, int]] = []
         self._first: dict[str, float] = {}
+        self._names: dict[str, str] = {}
+        self.made_tokens = 0
+        self.max_sequences = int(arguments["max_num_seqs"])
         self._record_steps()
         self.weights = run.weights
         if run.weights == "normal":
@@ -172,6 +175,7 @@ class VllmEngine:
                 for group in result.values():
                     for item in group.outputs:
                         if item.new_token_ids:
+                            self.made_tokens += len(item.new_token_ids)
                             first.setdefault(item.request_id, now)
             return result
 
@@ -240,6 +244,34 @@ class VllmEngine:
             step_tokens=steps[:, 1].astype(np.int64),
             step_sequences=steps[:, 2].astype(np.int64),
         )
+
+    def submit(self, prompt: list[int], output_tokens: int) -> str:
+        """Hand over one request; returns its name."""
+        given, self._count = str(self._count), self._count + 1
+        params = self._params(output_tokens)
+        name = self.engine.add_request(given, {"prompt_token_ids": prompt}, params)
+        self._names[given] = name
+        return str(name)
+
+    def advance(self) -> list[str]:
+        """Do a step; names of the requests that it completed."""
+        done = [o.request_id.partition("-")[0] for o in self.engine.step() if o.finished]
+        return [self._names.pop(given) for given in done]
+
+    def first_token_seconds(self, name: str) -> float:
+        """Monotonic clock at a request's first token; known until it is asked for."""
+        return self._first.pop(name)
+
+    def step_times(self) -> list[tuple[float, int, int]]:
+        """End, tokens and sequences of every step since the last run."""
+        return list(self._steps)
+
+    def withdraw(self, names: list[str]) -> None:
+        """Take requests back and forget what was noted."""
+        self._abandon(names)
+        self._steps.clear()
+        self._first.clear()
+        self._names.clear()
 
     def _abandon(self, names: list[str]) -> None:
         """Take requests back, and the results of the batches that are still in flight."""

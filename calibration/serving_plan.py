@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from energymodel.datafiles import data_path
 from energymodel.errors import ConfigurationError, TraceError, unknown_name
 
 STACKS = ("vllm", "vllm-eager", "transformers")
-KINDS = ("static", "trace", "idle", "experts")
+KINDS = ("static", "trace", "steady", "idle", "experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,9 @@ class Case:
     """One thing to measure in an engine that is up."""
 
     kind: str = "static"
-    """`static`: one batch of equal requests; `trace`: requests of a file; `idle`: no work;
-    `experts`: how many experts a step touches (not metered)."""
+    """`static`: one batch of equal requests; `trace`: requests of a file; `steady`: always `batch`
+    sequences running (the engine's max_num_seqs), of one length or those of a trace; `idle`: no
+    work; `experts`: how many experts a step touches (not metered)."""
     input_tokens: int = 0
     output_tokens: int = 0
     batch: int = 0
@@ -59,7 +60,7 @@ class Case:
     state: str = "context"
     """Idle state: `context` (the process sleeps) or `polling` (it asks the engine for work)."""
     seconds: float = 2.0
-    """Length of an idle case."""
+    """Length of an idle or steady case."""
     batches: tuple[int, ...] = ()
     """Batch sizes of an `experts` case."""
 
@@ -71,6 +72,9 @@ class Case:
         if self.kind == "trace":
             rate = f"x{self.speed:g}" if self.arrivals == "own" else "offline"
             return f"trace-{Path(self.trace).stem}-{self.first or 'all'}-{rate}"
+        if self.kind == "steady":
+            of = Path(self.trace).stem or f"i{self.input_tokens}-o{self.output_tokens}"
+            return f"steady-{of}-n{self.batch}"
         return f"idle-{self.state}" if self.kind == "idle" else "experts"
 
 
@@ -192,6 +196,13 @@ def _case(raw: dict[str, Any], where: str) -> Case:
         raise ConfigurationError(
             f"{where}: a trace case needs 'trace' (a CSV) and 'arrivals' own or offline"
         )
+    if case.kind == "steady" and (
+        case.batch < 1 or not (case.trace or min(case.input_tokens, case.output_tokens) >= 1)
+    ):
+        raise ConfigurationError(
+            f"{where}: a steady case needs 'batch' (sequences running) and either 'trace' or "
+            "input_tokens and output_tokens of at least 1"
+        )
     if case.kind == "idle" and case.state not in ("context", "polling"):
         raise ConfigurationError(f"{where}: 'state' of an idle case is context or polling")
     if case.kind == "experts" and not case.batches:
@@ -282,6 +293,18 @@ def requests_of(case: Case, folder: Path) -> Requests:
         outputs[kept],
         left_out=int(np.count_nonzero(~fits[: kept[-1]])),
     )
+
+
+def trace_lengths(case: Case, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Input and output tokens of the requests of a case's trace, in order of arrival.
+
+    Raises
+    ------
+    TraceError
+        If the trace cannot be read or holds no usable request.
+    """
+    requests = requests_of(replace(case, kind="trace"), folder)
+    return requests.input_tokens, requests.output_tokens
 
 
 def _read_trace(

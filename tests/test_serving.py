@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration import serving, serving_engine
+from calibration import serving, serving_engine, serving_steady
 from calibration.host_speed import host_speed
 from calibration.recording import append_record
 from calibration.serving import metered, run_cases, run_plan
@@ -78,13 +78,22 @@ class WorldMeter:
     def wait_tick(self) -> Reading:
         return self.world.next_tick()
 
+    def edge(self, keep_busy: Any) -> Reading:
+        if keep_busy is None:
+            return self.wait_tick()
+        tick = int(self.world.now / TICK_SECONDS)
+        while int(self.world.now / TICK_SECONDS) == tick:
+            keep_busy()
+        now = self.world.now
+        return Reading(time_seconds=now, energy_joules=(self.world.energy(now),))
+
     def begin(self, name: str, *, align: bool = True, keep_busy: Any = None) -> None:
         assert self.opened is None
-        self.opened = name, self.wait_tick()
+        self.opened = name, self.edge(keep_busy)
 
     def end(self, *, align: bool = True, keep_busy: Any = None) -> Window:
         assert self.opened is not None
-        (name, first), last = self.opened, self.wait_tick()
+        (name, first), last = self.opened, self.edge(keep_busy)
         self.opened = None
         return Window(
             name=name,
@@ -120,7 +129,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def in_world(monkeypatch: pytest.MonkeyPatch, world: World) -> World:
-    for module in (serving, serving_engine):
+    for module in (serving, serving_engine, serving_steady):
         monkeypatch.setattr(module, "clock", world.clock)
         monkeypatch.setattr(
             module, "time", types.SimpleNamespace(sleep=world.sleep, time=lambda: 0.0)
@@ -323,10 +332,11 @@ class FakeVllm:
         return f"{name}-abcd"
 
     def step(self) -> list[Any]:
-        batch = {r[0]: (r[1] if r[1] else 1) for r in self.waiting if r[2] > 0}
-        for r in self.waiting:
+        running = self.waiting[: self.arguments["max_num_seqs"]]
+        batch = {r[0]: (r[1] if r[1] else 1) for r in running}
+        for r in running:
             r[1], r[2] = 0, r[2] - 1
-        last = {r[0] for r in self.waiting if r[2] == 0}
+        last = {r[0] for r in running if r[2] == 0}
         self.waiting = [r for r in self.waiting if r[2] > 0]
         self.in_flight.append((batch, last))
         if batch and len(self.in_flight) < 2:
@@ -445,6 +455,52 @@ def test_settings_that_the_version_lacks_are_none(
     assert settings["block_size"] is None
 
 
+def test_a_steady_state_is_metered_with_a_full_batch(
+    vllm: tuple[VllmEngine, FakeVllm], world: World
+) -> None:
+    engine, fake = vllm
+    case = Case(kind="steady", input_tokens=5, output_tokens=10, batch=4, seconds=3.0)
+    (record,) = outcomes(engine, world, case)
+    assert record["kind"] == "steady", record
+    assert record["case_name"] == "steady-i5-o10-n4"
+    assert record["mean_sequences"] == pytest.approx(4, abs=0.3)
+    # a step of 10 ms makes a token a sequence; a request costs 1 ms of the host, GPU idle
+    step = 0.010 + 4 / 10 * 0.001
+    assert record["seconds_per_output_token"] == pytest.approx(step / 4, rel=0.1)
+    watts = record["joules_per_output_token"] / record["seconds_per_output_token"]
+    assert watts == pytest.approx((0.010 * ACTIVE_WATTS + 0.0004 * IDLE_WATTS) / step, rel=0.02)
+    assert record["active_seconds"] == pytest.approx(3.0, abs=0.2)
+    assert record["tpot_seconds"]["p50"] == pytest.approx(step, rel=0.2)
+    requests = record["requests"]
+    assert requests["output_tokens"][:5] == [2, 5, 8, 10, 10]  # the first ones end in turn
+    assert requests["before_window"] + record["requests_started"] == len(requests["input_tokens"])
+    assert not fake.has_unfinished_requests()
+    (after,) = outcomes(engine, world, Case(input_tokens=5, output_tokens=3, batch=2))
+    assert after["kind"] == "run"  # the engine is usable again
+
+
+def test_a_steady_state_needs_an_engine_of_its_size(
+    vllm: tuple[VllmEngine, FakeVllm], world: World
+) -> None:
+    case = Case(kind="steady", input_tokens=5, output_tokens=10, batch=8)
+    (record,) = outcomes(vllm[0], world, case)
+    assert "max_num_seqs 8, this one has 4" in record["error"]
+
+
+def test_a_steady_state_may_take_the_lengths_of_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("arrival_seconds,input_tokens,output_tokens\n0,8,4\n9,6,2\n")
+    case = Case(kind="steady", trace="t.csv", batch=2)
+    assert case.name == "steady-t-n2"
+    lengths = serving_steady.lengths_of(case, tmp_path)
+    assert [lengths(i) for i in range(5)] == [(8, 2), (6, 2), (8, 4), (6, 2), (8, 4)]
+
+
+def test_a_stack_of_static_batches_has_no_steady_state(world: World) -> None:
+    case = Case(kind="steady", input_tokens=5, output_tokens=10, batch=4)
+    (record,) = outcomes(StepEngine(world), world, case, stack="transformers")
+    assert "leave steady cases out" in record["error"]
+
+
 # -- plan, requests, records ----------------------------------------------------------
 
 
@@ -481,6 +537,7 @@ def test_the_shipped_plans_are_sound(path: Path) -> None:
         ({"case_sets": {"s": [{"batch": 1}]}}, "case 0.*input_tokens"),
         ({"case_sets": {"s": [{"kind": "statik"}]}}, "Did you mean static"),
         ({"case_sets": {"s": [{"kind": "trace", "trace": "a", "arrivals": "x"}]}}, "arrivals"),
+        ({"case_sets": {"s": [{"kind": "steady", "batch": 4}]}}, "either 'trace' or"),
         ({"case_sets": {"t": []}}, "unknown case set 's'"),
     ],
 )

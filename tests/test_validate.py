@@ -283,6 +283,47 @@ def test_serving_records_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert compare(row, split).fitted is (row.phase != "trace")
 
 
+def test_a_steady_state_becomes_a_saturated_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    serving_records(path, monkeypatch)
+    engine = path.read_text().splitlines()[0]
+    steady = {
+        "kind": "steady",
+        **{"plan": "p", "run": 0, "model": "llama-3.2-1b", "stack": "vllm"},
+        "case_name": "steady-i30-o40-n4",
+        "case": {"kind": "steady", "batch": 4},
+        "window": {"valid": True, "invalid_reason": ""},
+        "sequences": 4,
+        "mean_sequences": 3.9,
+        "joules_per_output_token": 0.2,
+        "seconds_per_output_token": 0.001,
+        "step_gap_seconds": None,
+        "ttft_seconds": None,
+        "tpot_seconds": {"p50": 0.004},
+        "requests": {
+            "before_window": 6,
+            "input_tokens": [30] * 20,
+            "output_tokens": [10, 20, 30] + [40] * 17,
+        },
+    }
+    path.write_text(f"{engine}\n{json.dumps(steady)}\n")
+    (row,), _ = read_own(tmp_path)
+    assert (row.phase, row.batch, row.mean_batch) == ("saturated", 4, 3.9)
+    assert row.options["max_batch"] == 4
+    assert row.ramp is not None
+    tokens = row.requests.output_tokens.sum() - row.ramp.output_tokens.sum()
+    assert tokens == 14 * 40  # what was started in the window
+    compared = compare(row, load_split())
+    assert not compared.fitted
+    alone = replace(row, requests=offline("x", [30] * 4, 40), ramp=None)
+    batch = compare(alone, load_split())  # the steady state is a batch that never drains
+    assert compared.seconds_per_output_token == pytest.approx(
+        batch.seconds_per_output_token, rel=0.25
+    )
+
+
 def test_rows_of_a_disturbed_host_are_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
