@@ -14,6 +14,7 @@ from typing import Any
 
 from energymodel import __version__
 from energymodel.calibrations import list_calibrations, load_calibration
+from energymodel.compiled import cache_folder
 from energymodel.datafiles import data_path
 from energymodel.errors import ProfileError
 from energymodel.gpus import list_gpus, load_gpu
@@ -86,6 +87,8 @@ class Diagnosis:
     energymodel_version: str
     python_version: str
     data_folder: str
+    compiled_folder: str | None
+    """Where the compiled simulator is kept; None if there is no room for it."""
     driver: str | None
     boards: tuple[Board, ...]
     known_as: tuple[str | None, ...]
@@ -108,7 +111,13 @@ def diagnose(found: Boards) -> Diagnosis:
     known_as = tuple(_known_as(board.name) for board in found.boards)
     calibrations = tuple(_known_calibration(name) for name in list_calibrations())
     calibrated = {c.gpu for c in calibrations}
+    compiled_folder = cache_folder()
     findings = _package_findings(packages)
+    if compiled_folder is None:
+        findings.append(
+            "the simulator is compiled again by every command, which takes seconds: make room on "
+            "the disk, or name a folder that has some in NUMBA_CACHE_DIR"
+        )
     if found.problem is not None:
         findings.append(f"GPU: {found.problem}; predictions need none, measuring does")
     for board, name in zip(found.boards, known_as, strict=True):
@@ -117,6 +126,7 @@ def diagnose(found: Boards) -> Diagnosis:
         energymodel_version=__version__,
         python_version=platform.python_version(),
         data_folder=str(data_path()),
+        compiled_folder=compiled_folder,
         driver=found.driver,
         boards=found.boards,
         known_as=known_as,
@@ -160,6 +170,8 @@ def render_diagnosis(d: Diagnosis, *, color: bool = False) -> str:
     console = Console(file=io.StringIO(), force_terminal=color, width=100, highlight=False)
     console.print(f"energymodel {d.energymodel_version}, Python {d.python_version}", markup=False)
     console.print(f"data files: {d.data_folder}", markup=False, soft_wrap=True)
+    kept = d.compiled_folder or "nowhere"
+    console.print(f"compiled simulator: {kept}", markup=False, soft_wrap=True)
     for part in (gpus, known, packages) if d.boards else ("GPUs here: none", known, packages):
         console.print()
         console.print(part)

@@ -113,6 +113,13 @@ def test_a_checkout_without_an_install_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert "pip install -e ." in findings[0]
 
 
+def test_a_full_disk_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energymodel.doctor, "cache_folder", lambda: None)
+    diagnosis = diagnose(Boards(driver=None, boards=(), problem="no GPU"))
+    assert any("NUMBA_CACHE_DIR" in finding for finding in diagnosis.findings)
+    assert "compiled simulator: nowhere" in render_diagnosis(diagnosis)
+
+
 class MoreNvml(FakeNvml):
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
         return SimpleNamespace(total=80 * GIB)

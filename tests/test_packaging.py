@@ -143,6 +143,14 @@ def test_an_installed_wheel_has_the_command(wheel: Path, tmp_path: Path) -> None
     assert version in run(python.parent / "energymodel", "--version", cwd=tmp_path)
 
 
+def test_the_shell_completes_commands(wheel: Path, tmp_path: Path) -> None:
+    python = fresh_environment(tmp_path / "venv")
+    install(python, wheel)
+    asked = {"_ENERGYMODEL_COMPLETE": "complete_bash", "COMP_WORDS": "energymodel pre"}
+    completed = run(python.parent / "energymodel", cwd=tmp_path, COMP_CWORD="1", **asked)
+    assert completed == "predict"
+
+
 def test_an_editable_install_reads_the_checkout(tmp_path: Path) -> None:
     python = fresh_environment(tmp_path / "venv")
     install(python, "--editable", ROOT)
