@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 8.0  # inches
+_RATIO_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0, 20.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +200,8 @@ def predicted_against_measured(
             unit_ticks(left, which, "J")
         right.set_xscale("log", base=2)
         right.set_yscale("log")
-        ticks = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+        low, high = right.get_ylim()
+        ticks = [tick for tick in _RATIO_TICKS if low <= tick <= high]
         right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         right.minorticks_off()
         right.xaxis.set_major_formatter("{x:g}")

@@ -51,7 +51,8 @@ class OperatorWork:
     """What one operator did, summed over all GPUs."""
 
     executed_flops: float
-    """FLOPs run, padding of tiles included [FLOP]."""
+    """FLOPs run [FLOP]: padding of tiles included, and exponentials of prefill attention as the
+    FLOPs whose time they take."""
     hbm_bytes: float
     """Moved to and from device memory [B]."""
     gpu_seconds: float
