@@ -81,11 +81,12 @@ def plan(
         check_writable(output)
         from energymodel import plan_report  # noqa: PLC0415
         from energymodel.fleet_plan import make_plan  # noqa: PLC0415
+        from energymodel.models import load_model  # noqa: PLC0415
         from energymodel.pareto import OBJECTIVES, Targets  # noqa: PLC0415
         from energymodel.plan_candidates import Demand  # noqa: PLC0415
         from energymodel.plan_scaling import PARKED, ScaledPool, scale  # noqa: PLC0415
         from energymodel.planning import Stock  # noqa: PLC0415
-        from energymodel.sweep import grid_of  # noqa: PLC0415
+        from energymodel.sweep import check_names, grid_of  # noqa: PLC0415
         from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
 
         one_of("objective", objective, OBJECTIVES)
@@ -111,6 +112,7 @@ def plan(
         if grid is not None:
             axes["grid"] = [grid]
         settings = grid_of(axes)
+        check_names(settings)
         traces = values_of("trace", trace, str)
         models = values_of("model", model, str)
         if len(models) not in (1, len(traces)):
@@ -119,6 +121,8 @@ def plan(
                 "for each trace"
             )
         models *= len(traces) // len(models)
+        for name in models:
+            load_model(name)
         demands: list[Demand] = []
         for name, served_by in zip(traces, models, strict=True):
             workload = load_workload(

@@ -18,17 +18,24 @@ from numpy.typing import NDArray
 
 from energymodel.accounting import energy_parts
 from energymodel.calibrations import Calibration, load_calibration
-from energymodel.deployment import Deployment, deploy
+from energymodel.deployment import STACKS, Deployment, deploy
 from energymodel.disaggregation import serve_disaggregated
-from energymodel.errors import CapacityError, ConfigurationError, EnergyModelError, TraceError
+from energymodel.errors import (
+    CapacityError,
+    ConfigurationError,
+    EnergyModelError,
+    TraceError,
+    unknown_name,
+)
 from energymodel.fleet import Fleet, LatencyHistogram
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
+from energymodel.models import load_model
 from energymodel.prefix import cached_share, with_given_share
 from energymodel.replicas import serve_on_replicas
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
 from energymodel.traces import Requests, read_batches
-from energymodel.units import JOULES_PER_KWH
+from energymodel.units import BYTES_PER_ELEMENT, JOULES_PER_KWH
 
 Array = NDArray[np.float64]
 
@@ -168,6 +175,29 @@ def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[Setting]:
         Setting(**dict(zip(names, values, strict=True)))
         for values in itertools.product(*(axes[name] for name in names))
     ]
+
+
+def check_names(settings: Sequence[Setting]) -> None:
+    """Refuse unknown names before a sweep starts; the error lists the known ones.
+
+    Raises
+    ------
+    EnergyModelError
+        If a GPU, model, stack, dtype or grid is unknown.
+    """
+    for gpu in dict.fromkeys(setting.gpu for setting in settings):
+        load_gpu(gpu)
+    for model in dict.fromkeys(setting.model for setting in settings):
+        load_model(model)
+    for grid in dict.fromkeys(setting.grid for setting in settings):
+        if grid is not None:
+            load_grid_intensity(grid)
+    for kind, values, known in (
+        ("stack", {setting.stack for setting in settings}, STACKS),
+        ("dtype", {setting.dtype for setting in settings}, tuple(BYTES_PER_ELEMENT)),
+    ):
+        for value in sorted(values - set(known)):
+            raise ConfigurationError(unknown_name(kind, value, known))
 
 
 def deployment_key(setting: Setting) -> Setting:

@@ -99,7 +99,7 @@ def whatif(
         if format is SweepFormat.parquet and output is None:
             raise ConfigurationError("--format parquet needs --output FILE")
         from energymodel.pareto import Targets  # noqa: PLC0415
-        from energymodel.sweep import MODES, grid_of  # noqa: PLC0415
+        from energymodel.sweep import MODES, check_names, grid_of  # noqa: PLC0415
         from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
 
         targets = Targets(ttft_seconds=ttft, tpot_seconds=tpot, percentile=percentile)
@@ -134,6 +134,7 @@ def whatif(
             if text is not None:
                 axes[name] = values_of(name.replace("_", "-"), text, kind)
         settings = grid_of(axes)
+        check_names(settings)
         workload = load_workload(
             trace,
             price=price,

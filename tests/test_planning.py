@@ -370,6 +370,8 @@ def test_an_infeasible_plan_is_an_answer() -> None:
         (("--stock", "nonsuch=1"), "nonsuch"),
         (("--stock", "a100=1", "--ttft", "nan"), "target"),
         (("--stock", "a100=1", "--margin", "1.5"), "margin"),
+        (("--stock", "a100=1", "--model", "nonsuch"), "nonsuch"),
+        (("--stock", "a100=1", "--dtype", "bf17"), "unknown dtype"),
         (("--stock", "a100=1", "--racks", "2"), "belong together"),
         (("--stock", "a100=1", "--objective", "joy"), "unknown objective"),
         (("--stock", "a100=1", "--park", "asleep"), "unknown park"),
