@@ -13,8 +13,9 @@ import measuring
 import numpy as np
 
 from energymodel.prices import load_prices
+from energymodel.settings import grid_of
 from energymodel.steady_state import summarise
-from energymodel.sweep import Workload, evaluate, grid_of
+from energymodel.sweep import Workload, evaluate
 from energymodel.workloads import load_requests
 
 AXES = {

@@ -38,7 +38,8 @@ print("seconds", time.perf_counter() - start)
 _BINNED = """
 import sys, time
 from energymodel.steady_state import estimate, summarise
-from energymodel.sweep import Setting, Workload, deployment_of
+from energymodel.settings import Setting
+from energymodel.sweep import Workload, deployment_of
 from energymodel.traces import read_batches
 start = time.perf_counter()
 binned = summarise(read_batches(sys.argv[1]))
@@ -50,7 +51,8 @@ _SIMULATED = """
 import sys, time
 from energymodel.fleet import Fleet
 from energymodel.steady_state import summarise
-from energymodel.sweep import Setting, Workload, deployment_of
+from energymodel.settings import Setting
+from energymodel.sweep import Workload, deployment_of
 from energymodel.traces import read_batches
 start = time.perf_counter()
 workload = Workload(binned=None, requests=None, output_tokens=1, prices={})

@@ -21,9 +21,10 @@ import numpy as np
 
 from energymodel.deployment import Deployment
 from energymodel.replicas import serve_on_replicas
+from energymodel.settings import Setting
 from energymodel.simulator import simulate
 from energymodel.steady_state import summarise
-from energymodel.sweep import Setting, Workload, deployment_of
+from energymodel.sweep import Workload, deployment_of
 from energymodel.traces import Requests
 from energymodel.workloads import load_requests
 

@@ -30,7 +30,8 @@ from energymodel.planning import (
     without_racks,
     without_stock_limit,
 )
-from energymodel.sweep import Point, Setting, percentiles, simulated
+from energymodel.settings import Setting
+from energymodel.sweep import Point, percentiles, simulated
 from energymodel.sweep_run import run_tasks
 
 _SPLIT_SETTINGS = 2  # best settings of a GPU type that may serve a part of a trace

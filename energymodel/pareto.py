@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.errors import ConfigurationError, unknown_name
-from energymodel.sweep import AXES, Point
+from energymodel.settings import AXES
+from energymodel.sweep import Point
 
 OBJECTIVES: Mapping[str, Callable[[Point], float | None]] = {
     "energy": lambda point: point.energy_joules,

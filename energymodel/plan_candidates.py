@@ -10,8 +10,9 @@ from math import ceil
 import numpy as np
 
 from energymodel.pareto import OBJECTIVES, Targets
+from energymodel.settings import Setting
 from energymodel.steady_state import summarise
-from energymodel.sweep import Point, Setting, Workload, evaluate
+from energymodel.sweep import Point, Workload, evaluate
 from energymodel.traces import Requests
 
 SHARES = tuple(Fraction(k, 4) for k in (4, 3, 2, 1))

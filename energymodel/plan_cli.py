@@ -86,7 +86,7 @@ def plan(
         from energymodel.plan_candidates import Demand  # noqa: PLC0415
         from energymodel.plan_scaling import PARKED, ScaledPool, scale  # noqa: PLC0415
         from energymodel.planning import Stock  # noqa: PLC0415
-        from energymodel.sweep import check_names, grid_of  # noqa: PLC0415
+        from energymodel.settings import check_names, grid_of  # noqa: PLC0415
         from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
 
         one_of("objective", objective, OBJECTIVES)

@@ -14,8 +14,9 @@ from energymodel.calibrations import Calibration
 from energymodel.errors import CapacityError, ConfigurationError, unknown_name
 from energymodel.pareto import Targets
 from energymodel.plan_candidates import part_workload
+from energymodel.settings import Setting
 from energymodel.steady_state import summarise
-from energymodel.sweep import Setting, Workload, deployment_of, percentiles, simulated
+from energymodel.sweep import Workload, deployment_of, percentiles, simulated
 from energymodel.sweep_run import run_tasks
 
 Array = NDArray[np.float64]

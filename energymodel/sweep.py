@@ -7,8 +7,7 @@ A setting that makes no sense or cannot keep up becomes a point with the reason.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -18,24 +17,23 @@ from numpy.typing import NDArray
 
 from energymodel.accounting import energy_parts
 from energymodel.calibrations import Calibration, load_calibration
-from energymodel.deployment import STACKS, Deployment, deploy
+from energymodel.deployment import Deployment, deploy
 from energymodel.disaggregation import serve_disaggregated
 from energymodel.errors import (
     CapacityError,
     ConfigurationError,
     EnergyModelError,
     TraceError,
-    unknown_name,
 )
 from energymodel.fleet import Fleet, LatencyHistogram
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
-from energymodel.models import load_model
 from energymodel.prefix import cached_share, with_given_share
 from energymodel.replicas import serve_on_replicas
+from energymodel.settings import Setting, deployment_key, only_exact
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
 from energymodel.traces import Requests, read_batches
-from energymodel.units import BYTES_PER_ELEMENT, JOULES_PER_KWH
+from energymodel.units import JOULES_PER_KWH
 
 Array = NDArray[np.float64]
 
@@ -43,36 +41,6 @@ MODES = ("binned", "exact")
 _PERCENTILES = ("p50", "p90", "p99")
 _MOST_REPLICAS = 65536
 _HOPELESS_SECONDS = 600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One choice of everything; fields as in `workload.predict`, None = its default."""
-
-    gpu: str
-    model: str = "llama-3.1-8b"
-    stack: str = "vllm"
-    dtype: str = "bf16"
-    kv_dtype: str | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    replicas: int | str = "auto"
-    prefill_replicas: int = 0
-    """Replicas for prompts alone, beside `replicas` that decode; 0 = each does both."""
-    max_batch: int = 256
-    max_step_tokens: int | None = None
-    power_limit_watts: float | None = None
-    """Board power limit; None = the calibration's."""
-    arrival_scale: float = 1.0
-    """Arrivals come this many times faster."""
-    prefix_hit: float | str = 0.0
-    """Share of prompt tokens found in the prefix cache; `trace` = as the trace's block ids say."""
-    pue: float = 1.0
-    grid: str | None = None
-
-
-AXES = tuple(f.name for f in fields(Setting))
-"""Names over which a grid can span."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -153,58 +121,6 @@ class Point:
         return cls(**{**values, "setting": Setting(**values["setting"])})
 
 
-def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[Setting]:
-    """Every combination of the values given by axis, the last axis changing fastest.
-
-    Raises
-    ------
-    ConfigurationError
-        If an axis is unknown, empty or names a value twice, or there is no GPU.
-    """
-    for name, values in axes.items():
-        if name not in AXES:
-            raise ConfigurationError(f"unknown axis '{name}'. Known: {', '.join(AXES)}.")
-        if len(values) == 0:
-            raise ConfigurationError(f"axis {name} has no values; leave it out or give one")
-        if len(set(values)) < len(values):
-            raise ConfigurationError(f"axis {name} names a value twice")
-    if "gpu" not in axes:
-        raise ConfigurationError("no GPU given; name at least one")
-    names = [name for name in AXES if name in axes]
-    return [
-        Setting(**dict(zip(names, values, strict=True)))
-        for values in itertools.product(*(axes[name] for name in names))
-    ]
-
-
-def check_names(settings: Sequence[Setting]) -> None:
-    """Refuse unknown names before a sweep starts; the error lists the known ones.
-
-    Raises
-    ------
-    EnergyModelError
-        If a GPU, model, stack, dtype or grid is unknown.
-    """
-    for gpu in dict.fromkeys(setting.gpu for setting in settings):
-        load_gpu(gpu)
-    for model in dict.fromkeys(setting.model for setting in settings):
-        load_model(model)
-    for grid in dict.fromkeys(setting.grid for setting in settings):
-        if grid is not None:
-            load_grid_intensity(grid)
-    for kind, values, known in (
-        ("stack", {setting.stack for setting in settings}, STACKS),
-        ("dtype", {setting.dtype for setting in settings}, tuple(BYTES_PER_ELEMENT)),
-    ):
-        for value in sorted(values - set(known)):
-            raise ConfigurationError(unknown_name(kind, value, known))
-
-
-def deployment_key(setting: Setting) -> Setting:
-    """The setting with load and site left out: equal keys share their cost tables."""
-    return replace(setting, replicas=1, arrival_scale=1.0, prefix_hit=0.0, pue=1.0, grid=None)
-
-
 def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
     """What it costs to serve the workload with a setting.
 
@@ -231,11 +147,6 @@ def evaluate(setting: Setting, workload: Workload, mode: str) -> Point:
     except EnergyModelError as error:
         return Point(setting=setting, mode=mode, reason=str(error))
     return point
-
-
-def only_exact(setting: Setting) -> bool:
-    """Whether there is no estimate: static batches, and pools for prefill and decode."""
-    return setting.stack == "transformers" or setting.prefill_replicas > 0
 
 
 def deployment_of(setting: Setting, workload: Workload) -> Deployment:

@@ -16,7 +16,8 @@ from energymodel.terminal import check_writable, user_errors, write_bytes, write
 
 if TYPE_CHECKING:
     from energymodel.pareto import Comparison, Targets
-    from energymodel.sweep import Point, Setting, Workload
+    from energymodel.settings import Setting
+    from energymodel.sweep import Point, Workload
 
 _LARGEST_HELD_BYTES = 400e6  # of a trace file whose requests are held in memory
 
@@ -99,7 +100,8 @@ def whatif(
         if format is SweepFormat.parquet and output is None:
             raise ConfigurationError("--format parquet needs --output FILE")
         from energymodel.pareto import Targets  # noqa: PLC0415
-        from energymodel.sweep import MODES, check_names, grid_of  # noqa: PLC0415
+        from energymodel.settings import check_names, grid_of  # noqa: PLC0415
+        from energymodel.sweep import MODES  # noqa: PLC0415
         from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
 
         targets = Targets(ttft_seconds=ttft, tpot_seconds=tpot, percentile=percentile)

@@ -18,7 +18,8 @@ from energymodel.pareto import (
     ranking,
 )
 from energymodel.report import range_text, seconds_text, three_digits
-from energymodel.sweep import AXES, Point
+from energymodel.settings import AXES
+from energymodel.sweep import Point
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,8 @@ from typing import Any
 
 from energymodel import __version__
 from energymodel.errors import EnergyModelError
-from energymodel.sweep import Point, Setting, Workload, deployment_key, evaluate, only_exact
+from energymodel.settings import Setting, deployment_key, only_exact
+from energymodel.sweep import Point, Workload, evaluate
 
 BACKENDS = ("loky", "threading", "sequential", "dask")
 _ATTEMPTS = 3  # after which a sweep whose workers keep dying is given up

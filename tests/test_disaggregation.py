@@ -11,8 +11,9 @@ from energymodel.disaggregation import serve_disaggregated
 from energymodel.errors import ConfigurationError
 from energymodel.operators import kv_bytes_per_token
 from energymodel.replicas import serve_on_replicas
+from energymodel.settings import Setting
 from energymodel.steady_state import summarise
-from energymodel.sweep import Setting, Workload, deployment_of, evaluate
+from energymodel.sweep import Workload, deployment_of, evaluate
 from energymodel.traces import Requests
 from energymodel.workloads import load_requests
 

@@ -27,8 +27,9 @@ from energymodel.plan_candidates import (
 from energymodel.plan_scaling import ScaledPool, scale
 from energymodel.planning import Option, Stock, choose, choose_by_trying, fits
 from energymodel.prices import load_prices
+from energymodel.settings import Setting, grid_of
 from energymodel.steady_state import summarise
-from energymodel.sweep import Point, Setting, Workload, evaluate, grid_of
+from energymodel.sweep import Point, Workload, evaluate
 from energymodel.workloads import load_requests
 
 TARGETS = Targets(ttft_seconds=1.0, tpot_seconds=0.05)

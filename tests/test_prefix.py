@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from energymodel.cli import app
 from energymodel.errors import ConfigurationError, TraceError
 from energymodel.prefix import cached_share, with_given_share, with_traced_prefixes
+from energymodel.settings import Setting
 from energymodel.steady_state import summarise
-from energymodel.sweep import Setting, Workload, evaluate
+from energymodel.sweep import Workload, evaluate
 from energymodel.traces import read_trace
 from energymodel.workloads import load_requests
 

@@ -27,8 +27,9 @@ from energymodel.fleet import Fleet
 from energymodel.pareto import Targets, compare, pareto_front, ranking
 from energymodel.prices import load_prices
 from energymodel.replicas import serve_on_replicas
+from energymodel.settings import Setting, grid_of
 from energymodel.steady_state import estimate, summarise
-from energymodel.sweep import Setting, Workload, deployment_of, evaluate, grid_of
+from energymodel.sweep import Workload, deployment_of, evaluate
 from energymodel.sweep_run import Journal, SweepError, fingerprint, run_sweep
 from energymodel.traces import Requests, read_batches, read_trace
 from energymodel.workloads import load_requests
