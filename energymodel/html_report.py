@@ -6,7 +6,6 @@ taken from and its full value. Needs matplotlib and Jinja: pip install 'energymo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -184,4 +183,4 @@ def _script_safe(text: str) -> Markup:
     """JSON that cannot end the script element that holds it; as JSON it is the same."""
     from markupsafe import Markup  # noqa: PLC0415 (comes with Jinja)
 
-    return Markup(json.dumps(json.loads(text)).replace("<", "\\u003c"))
+    return Markup(text.replace("<", "\\u003c"))

@@ -23,8 +23,7 @@ document.addEventListener("pointermove", show);
 document.addEventListener("pointerdown", show);
 document.addEventListener("scroll", () => { tip.style.visibility = "hidden"; }, { passive: true });
 document.getElementById("save").addEventListener("click", () => {
-  const result = JSON.parse(document.getElementById("result").textContent);
-  const text = JSON.stringify(result, null, 2) + "\n";
+  const text = document.getElementById("result").textContent + "\n";
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   link.download = "prediction.json";
