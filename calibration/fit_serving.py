@@ -304,9 +304,13 @@ def _start(calibration: Calibration, parameter: Parameter) -> float:
 # -- a GPU's calibration, with held-out errors and intervals ----------------------------------
 
 LEVEL = 0.9
+FITTED, HELD_OUT = "fitted", "held out by the split"
+LEFT_OUT = "each fitted model left out"
 _UNTESTED_MARGIN = 1.25
 """Widening of an interval whose stack was measured with fitted models only."""
 _FEWEST_RUNS = 5
+_ENOUGH_RUNS = 19
+"""Runs from which on their p90 bounds the next error with 90 % probability."""
 _UNTESTED = 0.5
 """Size of the interval of a stack with fewer runs than that."""
 
@@ -325,8 +329,8 @@ def calibrate_serving(
 ) -> Calibration:
     """Fit a GPU's calibration to its runs and windows; errors and intervals from rows left out.
 
-    Each model of the fitting split is predicted by a fit without it; rows that the split holds
-    out are predicted by the fit to all of the split.
+    Rows that the split holds out are predicted by the fit to all of the split; beside that, each
+    model of the split is predicted by a fit to the others.
 
     Raises
     ------
@@ -345,15 +349,26 @@ def calibrate_serving(
     split = load_split()
     fitted = [r for r in runs if is_fitted(r.row, split)]
     final = _other_dtypes(fit_serving(fitted, windows, gpu, before), before)
-    held_out = [(r, final.calibration) for r in runs if not is_fitted(r.row, split)]
+    groups = {
+        FITTED: [(r, final.calibration) for r in fitted],
+        HELD_OUT: [(r, final.calibration) for r in runs if not is_fitted(r.row, split)],
+        LEFT_OUT: _each_model_left_out(fitted, windows, gpu, before),
+    }
+    return _documented(name, final, groups, windows, [*files, *_files(serving, name)])
+
+
+def _each_model_left_out(
+    fitted: Sequence[Run], windows: KernelRows, gpu: GpuSpec, before: Calibration
+) -> list[tuple[Run, Calibration]]:
+    """Runs of each model with a fit to the other models' runs, where those ran on its stack."""
+    found = []
     for model in sorted({r.row.model_name for r in fitted}):
         rest = [r for r in fitted if r.row.model_name != model]
-        without = fit_serving(rest, windows, gpu, before).calibration
         stacks = {r.row.stack for r in rest}
-        held_out += [
-            (r, without) for r in fitted if r.row.model_name == model and r.row.stack in stacks
-        ]
-    return _documented(name, final, fitted, held_out, windows, [*files, *_files(serving, name)])
+        without = fit_serving(rest, windows, gpu, before).calibration
+        own = [r for r in fitted if r.row.model_name == model and r.row.stack in stacks]
+        found += [(r, without) for r in own]
+    return found
 
 
 def _other_dtypes(fit: ServingFit, before: Calibration) -> ServingFit:
@@ -383,27 +398,17 @@ def _idle_watts(
 def _documented(
     name: str,
     fit: ServingFit,
-    fitted: Sequence[Run],
-    held_out: Sequence[tuple[Run, Calibration]],
+    groups: Mapping[str, Sequence[tuple[Run, Calibration]]],
     windows: KernelRows,
     files: Sequence[Path],
 ) -> Calibration:
     """Calibration with its intervals and provenance."""
-    predicted = [simulated([run], calibration) for run, calibration in held_out]
-    joules = np.array([p[0][0] for p in predicted])
-    seconds = np.array([p[1][0] for p in predicted])
-    own_joules, own_seconds = simulated(fitted, fit.calibration)
-    intervals, errors = {}, {}
-    for stack in STACKS:
-        mask = np.array([run.row.stack == stack for run, _ in held_out], dtype=bool)
-        mine = np.array([run.row.stack == stack for run in fitted], dtype=bool)
-        errors[f"{stack}, held out"] = _errors(
-            joules[mask], seconds[mask], [run for run, _ in np.array(held_out, object)[mask]]
-        )
-        errors[f"{stack}, fitted"] = _errors(
-            own_joules[mine], own_seconds[mine], list(np.array(fitted, object)[mine])
-        )
-        intervals[stack] = _interval(stack, errors)
+    errors = {
+        stack: {group: _errors([p for p in pairs if p[0].row.stack == stack])
+                for group, pairs in groups.items()}
+        for stack in STACKS
+    }  # fmt: skip
+    spread = card_spread([run for pairs in groups.values() for run, _ in pairs])
     alone, watts = window_seconds_and_watts(windows, load_gpu(name), fit.calibration)
     provenance: dict[str, Any] = {
         "command": f"python -m calibration.fit_serving {name}",
@@ -411,47 +416,72 @@ def _documented(
         + str(fit.calibration.provenance.get("source")),
         "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
         "kernel_windows": len(windows),
-        "serving_runs": {"fitted": len(fitted), "held out": len(held_out)},
-        "split": "calibration/data/split.json; held out: each fitted model predicted by a fit "
-        "without it, and every row that the split does not open to fits",
-        "errors": {key: _rounded(value) for key, value in errors.items() if value},
+        "serving_runs": {group: len(pairs) for group, pairs in groups.items()},
+        "split": "calibration/data/split.json",
+        "errors": {
+            stack: {group: _rounded(value) for group, value in own.items() if value}
+            for stack, own in errors.items()
+        },
         "errors_of_kernel_windows": {
             "seconds": _rounded_summary(summarize(alone, windows.seconds)),
             "watts": _rounded_summary(summarize(watts, windows.watts)),
         },
+        "spread_between_cards": round(spread, 4),
         "parameter_log_std": {key: round(value, 3) for key, value in fit.log_std.items()},
     }
+    intervals = {stack: _interval(own, spread) for stack, own in errors.items()}
     return replace(fit.calibration, origin="measured", intervals=intervals, provenance=provenance)
 
 
-def _errors(joules: Array, seconds: Array, runs: Sequence[Run]) -> dict[str, ErrorSummary] | None:
-    if not runs:
+def card_spread(runs: Sequence[Run]) -> float:
+    """p90 of the relative difference in joules of equal cases on two cards; 0 without any."""
+    joules: dict[tuple[str, str], list[float]] = {}
+    for run in {id(r): r for r in runs}.values():
+        joules.setdefault((run.row.name, run.row.stack), []).append(run.joules)
+    apart = [abs(pair[1] / pair[0] - 1.0) for pair in joules.values() if len(pair) > 1]
+    return float(np.percentile(apart, 100 * LEVEL)) if apart else 0.0
+
+
+def _errors(pairs: Sequence[tuple[Run, Calibration]]) -> dict[str, ErrorSummary] | None:
+    if not pairs:
         return None
+    predicted = [simulated([run], calibration) for run, calibration in pairs]
+    joules = np.array([p[0][0] for p in predicted])
+    seconds = np.array([p[1][0] for p in predicted])
     return {
-        "joules": summarize(joules, np.array([r.joules for r in runs])),
-        "seconds": summarize(seconds, np.array([r.seconds for r in runs])),
+        "joules": summarize(joules, np.array([run.joules for run, _ in pairs])),
+        "seconds": summarize(seconds, np.array([run.seconds for run, _ in pairs])),
     }
 
 
 def _interval(
-    stack: str, errors: Mapping[str, dict[str, ErrorSummary] | None]
+    errors: Mapping[str, dict[str, ErrorSummary] | None], spread: float
 ) -> IntervalCalibration:
-    """Interval of a stack: the held-out errors' 90th percentile, or the largest fitted one."""
-    tested = errors[f"{stack}, held out"]
-    if tested is not None:
-        size = tested["joules"].p90
-        basis = f"p90 of the errors of {tested['joules'].n} held-out serving runs of this GPU"
+    """Interval of a stack from the errors of runs that no fit saw, and the spread of cards.
+
+    With few runs the largest error stands for the 90th percentile, as conformal prediction asks.
+    Rows held out from the whole fit are few and near to it; a fit without one of its models has
+    lost half of its data. A model that nobody measured lies between: the geometric mean of both.
+    """
+    tested, left, own = errors[HELD_OUT], errors[LEFT_OUT], errors[FITTED]
+    if tested is not None and tested["joules"].n >= _FEWEST_RUNS:
+        few = tested["joules"].n < _ENOUGH_RUNS
+        error = tested["joules"].max if few else tested["joules"].p90
+        basis = f"{'largest' if few else 'p90'} error of {tested['joules'].n} held-out serving runs"
+        if left is not None:
+            error = float(np.sqrt(error * left["joules"].p90))
+            basis += f" and p90 of {left['joules'].n} with their model left out (geometric mean)"
+        size = float(np.hypot(error, spread))
+        basis += ", with the spread between cards"
+    elif own is not None and own["joules"].n >= _FEWEST_RUNS:
+        size = _UNTESTED_MARGIN * own["joules"].max
+        basis = (
+            f"{_UNTESTED_MARGIN:g} x the largest error of {own['joules'].n} fitted serving runs of "
+            "this GPU; no other model was measured"
+        )
     else:
-        own = errors[f"{stack}, fitted"]
-        if own is not None and own["joules"].n >= _FEWEST_RUNS:
-            size = _UNTESTED_MARGIN * own["joules"].max
-            basis = (
-                f"{_UNTESTED_MARGIN:g} x the largest error of {own['joules'].n} fitted serving "
-                "runs of this GPU; no other model was measured"
-            )
-        else:
-            size = _UNTESTED
-            basis = "assumed: too few steady runs of this stack were measured"
+        size = _UNTESTED
+        basis = "assumed: too few steady runs of this stack were measured"
     return IntervalCalibration(level=LEVEL, low=1.0 / (1.0 + size), high=1.0 + size, basis=basis)
 
 
