@@ -12,7 +12,6 @@ energy per iteration = mean power x mean time of an iteration.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.kernels import Case, build_suite, estimated_seconds, ordered
-from calibration.meter import NvmlMeter
+from calibration.preflight import free_gpus, require
 from calibration.pump import Launchable, Pump, Timing, Work
 from calibration.recording import WindowFile
 from calibration.rig import Rig, cuda_rig
@@ -353,17 +352,8 @@ def calibrate(
     """
     path = out if out.suffix == ".jsonl" else out / "windows.jsonl"
     cases = build_suite(suite, gpus=len(gpus))
-    meter = NvmlMeter(gpus)
-    if importlib.util.find_spec("torch") is None:  # imported later: the cold GPU comes first
-        raise EnergyModelError(
-            "torch is missing, which runs the kernels; install it with: "
-            "pip install 'energymodel[calibrate]'"
-        )
-    if others := meter.identity()["other_processes"]:
-        raise MeterError(
-            f"{others} process(es) of others use GPU {', '.join(map(str, gpus))} (nvidia-smi shows "
-            "them): the energy would be theirs too; stop them or choose another GPU with --gpu"
-        )
+    meter = free_gpus(gpus)
+    require("torch", "calibrate")  # imported later: the cold GPU is measured first
     return run_suite(
         meter,
         cases,

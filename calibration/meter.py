@@ -109,6 +109,8 @@ class NvmlMeter:
     own_processes
         How many processes of ours will use the GPUs. In containers NVML shows process
         ids of the host: that many new ones are taken to be ours.
+    measure_running
+        The processes that run on the GPUs now are those to be measured (a server).
 
     Raises
     ------
@@ -117,7 +119,12 @@ class NvmlMeter:
     """
 
     def __init__(
-        self, gpu_indices: Sequence[int] = (0,), nvml: Any = None, *, own_processes: int = 1
+        self,
+        gpu_indices: Sequence[int] = (0,),
+        nvml: Any = None,
+        *,
+        own_processes: int = 1,
+        measure_running: bool = False,
     ) -> None:
         if not gpu_indices:
             raise MeterError("no GPU index given; pass at least one, e.g. --gpu 0")
@@ -141,6 +148,8 @@ class NvmlMeter:
                 "this GPU reports neither an energy counter nor its power; it cannot be metered"
             )
         self._processes = _Processes(self._process_ids(), own_processes)
+        if measure_running:
+            self._processes.ours |= self._process_ids()
         self._tick_seconds: float | None = None
         self._last_edge_seconds = 0.0
         self._open: _Open | None = None
@@ -156,7 +165,7 @@ class NvmlMeter:
             "nvml_version": _text(self._ask("nvmlSystemGetNVMLVersion")),
             "energy_method": self.energy_method,
             "tick_seconds": self.tick_seconds,
-            "other_processes": self._processes.others(self._process_ids()),
+            "other_processes": self.other_processes(),
             "gpus": [
                 {
                     "index": index,
@@ -183,6 +192,10 @@ class NvmlMeter:
                 for index, handle in zip(self.gpu_indices, self._handles, strict=True)
             ],
         }
+
+    def other_processes(self) -> int:
+        """Processes on these GPUs that are not ours."""
+        return self._processes.others(self._process_ids())
 
     def uuids(self) -> tuple[str, ...]:
         """UUIDs as NVML prints them, to find the same GPUs in CUDA; never stored."""
@@ -314,7 +327,7 @@ class NvmlMeter:
                 for g in range(len(self._handles))
             )
         shares = reason_shares(samples)
-        others = self._processes.others(self._process_ids())
+        others = self.other_processes()
         limit = math.fsum(s.power_limit_watts or 0.0 for s in opened.states)
         reasons = faults(energy, duration, limit, self._tick_seconds)
         reasons += [f"clocks held down: {name}" for name in DISTURBING if shares.get(name)]

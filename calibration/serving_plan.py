@@ -34,6 +34,7 @@ from energymodel.datafiles import data_path
 from energymodel.errors import ConfigurationError, TraceError, unknown_name
 
 STACKS = ("vllm", "vllm-eager", "transformers")
+TRACKERS = ("codecarbon",)
 KINDS = ("static", "trace", "steady", "idle", "experts")
 
 
@@ -110,6 +111,8 @@ class Plan:
     window_seconds: float = 2.5
     """A short case is repeated back to back until it has lasted this long."""
     seed: int = 0
+    tracker: str = ""
+    """Another program that meters the same runs, see `trackers`; empty = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ def load_plan(path: Path) -> Plan:
     where = str(path)
     _check_fields(
         raw,
-        {"name", "gpu_index", "window_seconds", "seed", "engine", "case_sets", "runs", "comment"},
+        {*(f.name for f in fields(Plan)), "engine", "case_sets", "comment"} - {"folder"},
         where,
     )
     case_sets = {
@@ -166,7 +169,14 @@ def load_plan(path: Path) -> Plan:
             raw.get("window_seconds", Plan.__dataclass_fields__["window_seconds"].default)
         ),
         seed=int(raw.get("seed", 0)),
+        tracker=_tracker(raw.get("tracker", ""), where),
     )
+
+
+def _tracker(name: str, where: str) -> str:
+    if name not in ("", *TRACKERS):
+        raise ConfigurationError(f"{where}: {unknown_name('tracker', name, TRACKERS)}")
+    return name
 
 
 def _get(raw: Mapping[str, Any], key: str, where: str) -> Any:

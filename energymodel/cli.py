@@ -12,6 +12,7 @@ import typer
 
 from calibration.calibrate_cli import calibrate
 from calibration.fit_cli import fit
+from calibration.measure_cli import measure
 from energymodel import __version__
 from energymodel.errors import ConfigurationError
 from energymodel.plan_cli import plan
@@ -228,6 +229,7 @@ app.command()(whatif)
 app.command()(plan)
 app.command()(calibrate)
 app.command()(fit)
+app.command()(measure)
 
 
 @app.command()

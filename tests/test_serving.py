@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration import serving, serving_engine, serving_steady
+from calibration import serving, serving_cases, serving_engine, serving_steady
 from calibration.host_speed import host_speed
 from calibration.recording import append_record
-from calibration.serving import metered, run_cases, run_plan
+from calibration.serving import run_plan
+from calibration.serving_cases import metered, run_cases
 from calibration.serving_engine import RunLog, TimeUpError, VllmEngine
 from calibration.serving_plan import (
     Case,
@@ -129,7 +130,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def in_world(monkeypatch: pytest.MonkeyPatch, world: World) -> World:
-    for module in (serving, serving_engine, serving_steady):
+    for module in (serving_cases, serving_engine, serving_steady):
         monkeypatch.setattr(module, "clock", world.clock)
         monkeypatch.setattr(
             module, "time", types.SimpleNamespace(sleep=world.sleep, time=lambda: 0.0)
@@ -206,7 +207,7 @@ def outcomes(
 @given(
     phase=st.floats(0, 0.1),
     durations=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4),
-    lag=st.floats(0, serving.COUNTER_LAG_SECONDS),
+    lag=st.floats(0, serving_cases.COUNTER_LAG_SECONDS),
 )
 def test_energy_is_that_of_the_work_wherever_it_falls_between_ticks(
     phase: float, durations: list[float], lag: float

@@ -20,7 +20,7 @@ from calibration.physics_check import kernel_seconds, physics_checks
 from calibration.public_runs import ENERGAIZER, SPLITWISE, V2, V3, read_public
 from calibration.recording import append_record
 from calibration.saturated_check import implied_input_tokens, saturated_sections
-from calibration.serving import run_cases
+from calibration.serving_cases import run_cases
 from calibration.serving_plan import Case, EngineRun, Plan, model_config
 from calibration.validate import (
     LEVELS_FILE,

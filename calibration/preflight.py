@@ -1,0 +1,41 @@
+"""Checks before anything is measured: the GPU, its other users, and the software."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from calibration.meter import NvmlMeter
+from calibration.windows import MeterError
+from energymodel.errors import EnergyModelError
+
+
+def free_gpus(gpus: Sequence[int]) -> NvmlMeter:
+    """Meter of GPUs that nobody else uses.
+
+    Raises
+    ------
+    MeterError
+        If a GPU cannot be metered, or other processes run on it.
+    """
+    meter = NvmlMeter(gpus)
+    if others := meter.other_processes():
+        raise MeterError(
+            f"{others} process(es) of others use GPU {', '.join(map(str, gpus))} (nvidia-smi shows "
+            "them): the energy would be theirs too; stop them or choose another GPU with --gpu"
+        )
+    return meter
+
+
+def require(package: str, extra: str) -> None:
+    """Refuse to start without a package; does not import it.
+
+    Raises
+    ------
+    EnergyModelError
+        If it is not installed; says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise EnergyModelError(
+            f"{package} is missing; install it with: pip install 'energymodel[{extra}]'"
+        )
