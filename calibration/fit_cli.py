@@ -40,11 +40,21 @@ def fit(
     with user_errors():
         check_writable(out, *(str(path) for path in windows), start)
         from calibration.machine_fit import fit_machine, read_measurements  # noqa: PLC0415
-        from energymodel.calibrations import load_calibration, save_calibration  # noqa: PLC0415
+        from energymodel.calibrations import (  # noqa: PLC0415
+            list_calibrations,
+            load_calibration,
+            save_calibration,
+        )
+        from energymodel.errors import ConfigurationError  # noqa: PLC0415
 
         measured = read_measurements(windows, gpu)
         out = Path(f"{measured.gpu.name}.json") if out is None else out
         check_writable(out, *(str(path) for path in windows), start)
+        if start is None and measured.gpu.name not in list_calibrations():
+            raise ConfigurationError(
+                f"no calibration of the {measured.gpu.title} ships; name one of a GPU like it to "
+                f"start from with --start. Known: {', '.join(list_calibrations())}"
+            )
         fitted = fit_machine(
             measured,
             load_calibration(measured.gpu.name if start is None else start),

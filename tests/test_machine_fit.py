@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from calibration.validation_rows import DATA
 from energymodel.calibrations import load_calibration
 from energymodel.cli import app
+from energymodel.datafiles import data_path
 
 KERNELS = DATA / "kernels" / "h100-card-b.jsonl.gz"
 SERVING = DATA / "serving" / "h100-card-a.jsonl.gz"
@@ -209,3 +210,22 @@ def test_an_unknown_board_is_named_by_the_user(tmp_path: Path) -> None:
     outcome = fit(windows, "--gpu", "h100", "--out", tmp_path / "o.json")
     assert outcome.exit_code == 0, outcome.output
     assert load_calibration(str(tmp_path / "o.json")).provenance["board"] == "NVIDIA H100 Mystery"
+
+
+def test_a_gpu_of_the_user_s_own_starts_from_one_like_it(tmp_path: Path) -> None:
+    windows = write(tmp_path / "w.jsonl", some_kernels(named("NVIDIA H300")))
+    mine = tmp_path / "my-gpu.json"
+    mine.write_bytes(data_path("gpus", "h100.json").read_bytes().replace(b"H100", b"H300"))
+    out = ("--gpu", mine, "--out", tmp_path / "o.json")
+    assert "start from with --start. Known: a100" in refused(fit(windows, *out))
+    outcome = fit(windows, *out, "--start", "h100")
+    assert outcome.exit_code == 0, outcome.output
+    assert load_calibration(str(tmp_path / "o.json")).gpu == "my-gpu"
+    predicted = CliRunner().invoke(
+        app,
+        [
+            *("predict", "--trace", "summarization", "--gpu", str(mine)),
+            *("--calibration", str(tmp_path / "o.json")),
+        ],
+    )
+    assert predicted.exit_code == 0, predicted.output
