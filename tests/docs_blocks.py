@@ -10,7 +10,7 @@ By the language of the block:
 A page runs in one folder, top to bottom, in one Python namespace. A command that ends in
 `# needs ...` (a GPU, the network) or leaves options out with ` ... ` is not run, but its options
 must exist; `make` is only asked what it would do, and nothing is installed. In output, spaces do
-not count, `...` stands for anything, and numbers may differ by a factor of two: calibrations are
+not count, `...` stands for anything, and quantities may differ by a factor of two: calibrations are
 fitted again and again, and a page that is further off tells another story. Where no output is
 shown, built-in workloads are stood in for by a small trace.
 
@@ -40,6 +40,15 @@ _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^ *```$", re.M | re.S
 )
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+_UNITS = {
+    **{"GJ": (1e9, "J"), "MJ": (1e6, "J"), "kJ": (1e3, "J"), "mJ": (1e-3, "J"), "µJ": (1e-6, "J")},
+    **{"MWh": (1e6, "Wh"), "kWh": (1e3, "Wh"), "mWh": (1e-3, "Wh")},
+    **{"h": (3600, "s"), "min": (60, "s"), "ms": (1e-3, "s"), "µs": (1e-6, "s")},
+    **{"t": (1e6, "g"), "kg": (1e3, "g"), "mg": (1e-3, "g")},
+    **{unit: (1, unit) for unit in ("J", "Wh", "s", "g")},
+}
+_QUANTITY = re.compile(rf"({_NUMBER.pattern}) ({'|'.join(_UNITS)})\b")
+_RANGE = re.compile(rf"({_NUMBER.pattern}) - ({_NUMBER.pattern}) ({'|'.join(_UNITS)})\b")
 _LARGEST_FACTOR = 2.0
 _LARGE = re.compile(r"\b(azure_code|azure_conv|burstgpt)\b")
 
@@ -210,14 +219,14 @@ def check_options(piece: Piece) -> None:
         )
 
 
-def compare(piece: Piece, printed: str) -> re.Match[str]:
-    """Match of the output against what is shown; BlockError if it is another one."""
-    shown, got = piece.shown.strip(), " ".join(printed.split())
+def compare(piece: Piece, printed: str) -> None:
+    """Refuse output that is not what is shown, see above."""
+    shown, got = _in_base_units(piece.shown), _in_base_units(printed)
     match = re.fullmatch(_pattern(shown), got, re.S)
     if match is None:
         raise BlockError(
-            f"line {piece.line}: `{piece.source.strip()}` shows\n{shown}\nbut prints\n"
-            f"{printed.strip()}"
+            f"line {piece.line}: `{piece.source.strip()}` shows\n{piece.shown.strip()}\n"
+            f"but prints\n{printed.strip()}"
         )
     for old, new in zip(_NUMBER.findall(shown), match.groups(), strict=True):
         a, b = (float(text.replace(",", "")) for text in (old, new))
@@ -226,7 +235,16 @@ def compare(piece: Piece, printed: str) -> re.Match[str]:
                 f"line {piece.line}: `{piece.source.strip()}` shows {old} where it prints {new}; "
                 "look whether the text still holds, then `make docs-output`"
             )
-    return match
+
+
+def _in_base_units(text: str) -> str:
+    """Words one space apart, `1.2 kJ` as `1200 J`: a prefix may change with the number."""
+
+    def base(match: re.Match[str]) -> str:
+        size, unit = _UNITS[match[2]]
+        return f"{float(match[1].replace(',', '')) * size:.6g} {unit}"
+
+    return _QUANTITY.sub(base, _RANGE.sub(r"\1 \3 - \2 \3", " ".join(text.split())))
 
 
 def _pattern(shown: str) -> str:
