@@ -68,6 +68,14 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+class FindingsFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
+    """How the paper's findings are printed."""
+
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+
+
 @app.callback()
 def _main(
     version: Annotated[
@@ -311,6 +319,36 @@ def validate(
             typer.echo(f"worse than recorded: {failure}", err=True)
         if failures:
             raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    format: Annotated[
+        FindingsFormat, typer.Option(help="How to print; markdown is the whole page.")
+    ] = FindingsFormat.table,
+    output: Annotated[
+        Path | None, typer.Option(help="Write there instead of to the terminal.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw the findings into this .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Set every finding of the paper beside our prediction and our measurement."""
+    with user_errors():
+        from calibration.paper_measurements import measured_findings  # noqa: PLC0415
+        from energymodel.finding_plots import check_figure_file, paper_findings  # noqa: PLC0415
+        from energymodel.reproduce import reproduce as run  # noqa: PLC0415
+        from energymodel.reproduce_report import figure_address, render  # noqa: PLC0415
+
+        check_writable(output)
+        if figure is not None:
+            check_writable(figure, option="--figure")
+            check_figure_file(figure)
+        result = run(measured_findings())
+        address = None if figure is None else figure_address(figure, output)
+        write_text(render(result, format.value, address, color=in_color(output)), output)
+        if figure is not None:
+            paper_findings(result.rows).savefig(figure)
 
 
 def main() -> None:
