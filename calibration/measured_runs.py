@@ -63,8 +63,8 @@ def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[Lef
                     reasons[f"not measured ({record['kind']})"] += 1
             except (KeyError, TypeError, ValueError) as error:
                 raise EnergyModelError(
-                    f"{path}, line {number}: not a serving record as `python -m "
-                    f"calibration.serving` writes it ({type(error).__name__}: {error})"
+                    f"{path}, line {number}: not a serving record as `energymodel measure` "
+                    f"writes it ({type(error).__name__}: {error})"
                 ) from error
             except EnergyModelError as error:
                 raise EnergyModelError(f"{path}, line {number}: {error}") from error

@@ -127,7 +127,7 @@ def test_serving_runs_tell_the_host_times_and_the_interval(tmp_path: Path) -> No
     assert fitted.provenance["serving_runs"]["fitted"] == 3
     assert fitted.provenance["held_out_runs"]["vllm"]["joules"]["n"] == 3
     basis = fitted.intervals["vllm"].basis
-    assert basis.startswith("1.25 x the largest error of 3 held-out serving runs")
+    assert basis.startswith("2 x 1.25 x the largest error of 3 held-out serving runs")
     assert "no other model was measured" in basis
     assert "fewer than 3 held-out runs" in fitted.intervals["transformers"].basis
     assert "runs, vllm" in outcome.stdout
