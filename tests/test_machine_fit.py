@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from calibration.measurements import read_measurements
 from calibration.validation_rows import DATA
 from energymodel.calibrations import load_calibration
 from energymodel.cli import app
@@ -202,6 +203,17 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     assert "would overwrite" in refused(fit(windows, "--out", windows))
     assert windows.read_bytes() == before
     assert not (tmp_path / "o.json").exists()
+
+
+def test_steady_states_are_serving_records_too(tmp_path: Path) -> None:
+    engine = {"kind": "engine", "identity": {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}}
+    files = [
+        write(tmp_path / "w.jsonl", some_kernels()),
+        write(tmp_path / "s.jsonl", [engine, {"kind": "steady"}, {"kind": "done"}]),
+    ]
+    measured = read_measurements(files)
+    assert measured.serving_files == (files[1],)
+    assert measured.gpu.name == "h100"
 
 
 def test_an_unknown_board_is_named_by_the_user(tmp_path: Path) -> None:
