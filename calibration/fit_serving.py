@@ -244,7 +244,10 @@ def fit_serving(
     calibration: Calibration,
     parameters: Sequence[Parameter] = PARAMETERS,
 ) -> ServingFit:
-    """Calibration that fits runs and windows best, see the module's text."""
+    """Calibration that fits runs and windows best, see the module's text.
+
+    Its parameters have six digits: more of them would differ from machine to machine.
+    """
     from scipy.optimize import least_squares  # noqa: PLC0415
 
     start = np.log([_start(calibration, p) for p in parameters])
@@ -254,12 +257,12 @@ def fit_serving(
     is_kernel = np.array([not p.paths[0].startswith("stacks.") for p in parameters])
     known: dict[bytes, dict[int, CostTables]] = {}
 
-    def at(theta: Array) -> Calibration:
-        pairs = zip(parameters, np.exp(theta), strict=True)
+    def at(values: Array) -> Calibration:
+        pairs = zip(parameters, values, strict=True)
         return with_values(calibration, {p: float(v) for q, v in pairs for p in q.paths})
 
     def residuals(theta: Array) -> Array:
-        candidate = at(theta)
+        candidate = at(np.exp(theta))
         key = theta[is_kernel].tobytes()
         if key not in known:
             known.clear()
@@ -291,7 +294,7 @@ def fit_serving(
     spread = np.sqrt(np.diag(covariance))
     names = [p.paths[0] for p in parameters]
     return ServingFit(
-        calibration=at(result.x),
+        calibration=at(np.array([float(f"{v:.6g}") for v in np.exp(result.x)])),
         log_std={name: float(value) for name, value in zip(names, spread, strict=True)},
     )
 
@@ -482,6 +485,7 @@ def _interval(
     else:
         size = _UNTESTED
         basis = "assumed: too few steady runs of this stack were measured"
+    size = round(size, 4)
     return IntervalCalibration(level=LEVEL, low=1.0 / (1.0 + size), high=1.0 + size, basis=basis)
 
 
