@@ -22,7 +22,7 @@ def main() -> None:
     """Print a row for each command: best of three for short ones, once for long ones."""
     code, conv, mooncake = (measuring.trace(name) for name in ("code", "conv", "mooncake"))
     print(measuring.machine())
-    rows = [("command", "seconds", "target", "peak MB")]
+    rows = [("command", "seconds", "target", "CPU s", "peak MB")]
     predict = [*COMMAND, "predict", "--gpu", "a100", "--replicas", "auto", "--trace"]
     short = [
         ("--help", [*COMMAND, "--help"], 0.5),
@@ -53,8 +53,9 @@ def _row(title: str, command: list[str], target: float | None, repeats: int) -> 
     found = [measuring.run(command) for _ in range(repeats)]
     seconds = min(one.seconds for one in found)
     peak = max(one.peak_bytes for one in found)
+    cpu = min(one.cpu_seconds for one in found)
     aim = "-" if target is None else f"{target:g}"
-    return title, f"{seconds:.2f}", aim, f"{peak / 1e6:.0f}"
+    return title, f"{seconds:.2f}", aim, f"{cpu:.2f}", f"{peak / 1e6:.0f}"
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ def trace(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """A command's wall time [s], peak resident memory [B] and output."""
+    """A command's wall and CPU time [s], peak resident memory [B] and output."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: float
     output: str
 
@@ -48,7 +49,8 @@ def run(command: list[str]) -> Measured:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{errors.decode()}")
-    return Measured(seconds, usage.ru_maxrss * 1024.0, output.decode())
+    cpu = usage.ru_utime + usage.ru_stime
+    return Measured(seconds, cpu, usage.ru_maxrss * 1024.0, output.decode())
 
 
 def python(code: str, *arguments: str) -> Measured:
