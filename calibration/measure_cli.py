@@ -31,7 +31,10 @@ def measure(
         str | None, typer.Option(help="Bundled name, a config.json or a folder with one.")
     ] = None,
     stack: Annotated[MeasuredStack, typer.Option(help="What serves it.")] = MeasuredStack.vllm,
-    gpu: Annotated[int, typer.Option(help="GPU, as nvidia-smi numbers it.")] = 0,
+    gpu: Annotated[
+        list[int] | None,
+        typer.Option(help="GPU, as nvidia-smi numbers it; twice: split over two.  [default: 0]"),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Static batches: sizes, e.g. 1,8,64.")] = "",
     input: Annotated[str, typer.Option(help="Their input tokens, e.g. 128,2048.")] = "128",
     output: Annotated[str, typer.Option(help="Their output tokens.")] = "128",
@@ -82,7 +85,7 @@ def measure(
             options = measure_runs.Options(
                 model=model,
                 stack=stack.value,
-                gpu=gpu,
+                gpus=tuple(gpu or (0,)),
                 batch=batch,
                 input_tokens=input,
                 output_tokens=output,

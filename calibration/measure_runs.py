@@ -28,7 +28,7 @@ class Options:
 
     model: str | None
     stack: str
-    gpu: int
+    gpus: tuple[int, ...]
     batch: str
     input_tokens: str
     output_tokens: str
@@ -69,6 +69,10 @@ def write_plan(options: Options, out: Path, *, is_server: bool = False) -> Path:
             "--stack transformers serves one batch at a time; use --batch, --input and --output"
         )
     arguments = _arguments(options.engine)
+    if len(options.gpus) > 1 and not is_server:
+        if options.stack == "transformers":
+            raise ConfigurationError("--stack transformers runs on one GPU; give one --gpu")
+        arguments = {"tensor_parallel_size": len(options.gpus), **arguments}
     try:
         out.mkdir(parents=True, exist_ok=True)
         model = _model_file(options.model, out)
@@ -98,7 +102,7 @@ def write_plan(options: Options, out: Path, *, is_server: bool = False) -> Path:
         runs.append({**run, "case_sets": [f"steady {count}"], "engine": limit})
     document = {
         "name": out.resolve().name,
-        "gpu_index": options.gpu,
+        "gpu_indices": list(options.gpus),
         "window_seconds": options.window_seconds,
         "tracker": options.tracker or "",
         "case_sets": sets,
@@ -167,7 +171,7 @@ def _trace_file(trace: str, out: Path) -> str:
 def list_cases(plan_path: Path) -> str:
     """The plan's engines and their cases."""
     plan = load_plan(plan_path)
-    lines = [f"{plan_path}: GPU {plan.gpu_index}"]
+    lines = [f"{plan_path}: GPU {', '.join(map(str, plan.gpu_indices))}"]
     for run in plan.runs:
         lines.append(f"{run.name}: {', '.join(case.name for case in run.cases)}")
     return "\n".join(lines)
@@ -182,7 +186,7 @@ def run_engines(plan_path: Path, records: Path, time_limit_seconds: float) -> in
         If the GPU cannot be metered or is in use, or software is missing.
     """
     plan = load_plan(plan_path)
-    free_gpus((plan.gpu_index,))
+    free_gpus(plan.gpu_indices)
     require("torch", "calibrate")
     for run in plan.runs:
         require(_PACKAGES[run.stack], _PACKAGES[run.stack])
@@ -203,7 +207,7 @@ def run_server(plan_path: Path, records: Path, url: str, time_limit_seconds: flo
     if plan.tracker:
         require(plan.tracker, plan.tracker)
     engine = ServerEngine(url)
-    meter = NvmlMeter((plan.gpu_index,), measure_running=True)
+    meter = NvmlMeter(plan.gpu_indices, measure_running=True)
     record_run(
         engine,
         meter,

@@ -39,3 +39,28 @@ def require(package: str, extra: str) -> None:
         raise EnergyModelError(
             f"{package} is missing; install it with: pip install 'energymodel[{extra}]'"
         )
+
+
+def check_metered(uuids: Sequence[str]) -> None:
+    """Refuse to measure where CUDA's first GPUs are not the metered ones.
+
+    Raises
+    ------
+    MeterError
+        If they differ; passes where torch does not tell.
+    """
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return
+    seen = []
+    for index in range(min(len(uuids), torch.cuda.device_count())):
+        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+        if uuid is None:
+            return
+        seen.append(str(uuid).removeprefix("GPU-").lower())
+    if sorted(seen) != sorted(u.removeprefix("GPU-").lower() for u in uuids):
+        raise MeterError(
+            "the engine runs on other GPUs than are metered; check CUDA_VISIBLE_DEVICES, which "
+            "must not be changed while measuring"
+        )

@@ -27,6 +27,7 @@ from typing import Any
 
 from calibration.host_speed import host_speed
 from calibration.meter import NvmlMeter
+from calibration.preflight import check_metered
 from calibration.recording import append_record
 from calibration.serving_cases import described, run_cases
 from calibration.serving_engine import Engine, build, clock, preload
@@ -105,10 +106,12 @@ def run_engine(plan: Plan, index: int, out: Path) -> int:
         deadline = float(words[1])
         began = clock()
         config = model_config(run.model)
-        meter = NvmlMeter((plan.gpu_index,))
+        gpus = plan.gpu_indices
+        meter = NvmlMeter(gpus, own_processes=1 if len(gpus) == 1 else 1 + len(gpus))
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             engine = build(run, Path(folder), config, plan.seed)
+            check_metered(meter.uuids())
             record_run(
                 engine,
                 meter,
@@ -137,7 +140,10 @@ def run_plan(
     """Run all engines of a plan, each in a process of its own; returns how many failed."""
     end = clock() + time_limit_seconds - GRACE_SECONDS
     plan = load_plan(plan_path)
-    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(plan.gpu_index)}
+    environment = {  # CUDA then counts as NVML does
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, plan.gpu_indices)),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def start(index: int) -> subprocess.Popen[str]:
@@ -150,7 +156,7 @@ def run_plan(
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
-                env={**environment, **os.environ},
+                env={**os.environ, **environment},
             )
 
     failed = 0

@@ -108,7 +108,7 @@ def measure_case(
                 logs.append(engine.run(prepared, deadline))
         return logs
 
-    with tracked(plan.tracker, plan.gpu_index) as tracker:
+    with tracked(plan.tracker, plan.gpu_indices) as tracker:
         result = metered(meter, case.name, work)
     logs: list[RunLog] = result.pop("logs")
     repeats = len(logs)

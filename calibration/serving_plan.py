@@ -3,7 +3,7 @@
 A plan is a JSON file::
 
     {
-      "name": "h100", "gpu_index": 0, "window_seconds": 2.5, "seed": 0,
+      "name": "h100", "gpu_indices": [0], "window_seconds": 2.5, "seed": 0,
       "engine": {"max_num_seqs": 256},
       "case_sets": {
         "static": [{"input_tokens": 128, "output_tokens": 32, "batch": 8}],
@@ -101,13 +101,14 @@ class EngineRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A list of engine runs, one after another on one GPU."""
+    """A list of engine runs, one after another on the same GPUs."""
 
     name: str
     runs: tuple[EngineRun, ...]
     folder: Path
     """Folder of the plan file; traces are relative to it."""
-    gpu_index: int = 0
+    gpu_indices: tuple[int, ...] = (0,)
+    """GPUs of every engine, as NVML counts them; all are metered."""
     window_seconds: float = 2.5
     """A short case is repeated back to back until it has lasted this long."""
     seed: int = 0
@@ -164,13 +165,21 @@ def load_plan(path: Path) -> Plan:
         name=raw.get("name", path.stem),
         runs=runs,
         folder=path.resolve().parent,
-        gpu_index=int(raw.get("gpu_index", 0)),
+        gpu_indices=_gpus(raw.get("gpu_indices", [0]), where),
         window_seconds=float(
             raw.get("window_seconds", Plan.__dataclass_fields__["window_seconds"].default)
         ),
         seed=int(raw.get("seed", 0)),
         tracker=_tracker(raw.get("tracker", ""), where),
     )
+
+
+def _gpus(value: object, where: str) -> tuple[int, ...]:
+    if not (isinstance(value, list) and value and all(isinstance(i, int) for i in value)):
+        raise ConfigurationError(f"{where}: 'gpu_indices' is a list such as [0], not {value!r}")
+    if len(set(value)) < len(value) or min(value) < 0:
+        raise ConfigurationError(f"{where}: 'gpu_indices' names a GPU twice or below 0: {value}")
+    return tuple(value)
 
 
 def _tracker(name: str, where: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ class Tracker:
 
     name: str = ""
     gpu_joules: float | None = None
-    """Energy of the GPU [J]; None = no tracker, or it saw no GPU (which it calls 0)."""
+    """Energy of the GPUs [J]; None = no tracker, or it saw no GPU (which it calls 0)."""
     seconds: float = 0.0
 
     def compared(self, window: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,8 +43,8 @@ class Tracker:
 
 
 @contextmanager
-def tracked(name: str, gpu_index: int) -> Iterator[Tracker]:
-    """Let a tracker meter one GPU while the block runs; an empty name tracks nothing."""
+def tracked(name: str, gpu_indices: Sequence[int]) -> Iterator[Tracker]:
+    """Let a tracker meter these GPUs while the block runs; an empty name tracks nothing."""
     tracker = Tracker(name=name)
     if not name:
         yield tracker
@@ -53,7 +53,7 @@ def tracked(name: str, gpu_index: int) -> Iterator[Tracker]:
 
     other = OfflineEmissionsTracker(
         country_iso_code="USA",  # of no effect on energy, but asked for; nothing is looked up
-        gpu_ids=[gpu_index],
+        gpu_ids=list(gpu_indices),
         measure_power_secs=_POLL_SECONDS,
         save_to_file=False,
         allow_multiple_runs=True,

@@ -19,8 +19,9 @@ from test_serving import StepEngine, World, WorldMeter, in_world
 from typer.testing import CliRunner, Result
 
 from calibration import measure_runs, serving
+from calibration.preflight import check_metered
 from calibration.serving_plan import load_plan
-from calibration.windows import read_jsonl
+from calibration.windows import MeterError, read_jsonl
 from energymodel.cli import app
 
 
@@ -53,13 +54,19 @@ def test_static_batches_are_all_combinations(tmp_path: Path) -> None:
         *("--batch", "1,8", "--input", "128,2048", "--output", 64, "--engine", "max_num_seqs=64"),
     )
     (run,) = plan.runs
-    assert plan.gpu_index == 1
+    assert plan.gpu_indices == (1,)
     assert run.stack == "vllm-eager"
     assert run.engine == {"max_num_seqs": 64}
     assert [c.name for c in run.cases] == [
         *("idle-context", "idle-polling"),
         *("static-i128-o64-b1", "static-i2048-o64-b1", "static-i128-o64-b8", "static-i2048-o64-b8"),
     ]
+
+
+def test_two_gpus_share_a_model_and_are_both_metered(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "--model", "llama-3.1-8b", "--batch", 1, "--gpu", 0, "--gpu", 1)
+    assert plan.gpu_indices == (0, 1)
+    assert plan.runs[0].engine == {"tensor_parallel_size": 2}
 
 
 def test_a_workload_is_replayed_or_gives_a_steady_state_its_lengths(tmp_path: Path) -> None:
@@ -88,6 +95,7 @@ def test_a_folder_with_a_config_is_a_model(tmp_path: Path) -> None:
         (("--batch", 1), "with --model"),
         (("--model", "llama-3.2-1b"), "nothing to measure"),
         (("--model", "llama-3.2-1x", "--batch", 1), "Did you mean llama-3.2-1b"),
+        (("--model", "llama-3.2-1b", "--batch", 1, "--gpu", 0, "--gpu", 0), "names a GPU twice"),
         (("--model", "llama-3.2-1b", "--batch", "1,x"), "--batch takes whole numbers"),
         (("--model", "llama-3.2-1b", "--batch", 1, "--engine", "x"), "NAME=VALUE"),
         (("--model", "llama-3.2-1b", "--trace", "azure_xx"), "azure_code"),
@@ -135,6 +143,22 @@ def test_without_a_gpu_software_or_a_free_gpu_it_says_so(
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "NVML binding is missing" in refused(measure(*some))
     assert not (tmp_path / "serving.jsonl").exists()
+
+
+def test_an_engine_on_another_gpu_than_the_metered_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = types.ModuleType("torch")
+    torch.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_properties=lambda i: types.SimpleNamespace(uuid=f"AB-{i}"),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    check_metered(["GPU-ab-0"])
+    check_metered(["GPU-ab-1", "GPU-ab-0"])
+    with pytest.raises(MeterError, match="other GPUs than are metered"):
+        check_metered(["GPU-ab-1"])
 
 
 class H100Meter(WorldMeter):
