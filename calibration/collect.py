@@ -258,7 +258,7 @@ class _Session:
         _repeat(pause, seconds - _HALF_TICK_SECONDS)
         window = self._meter.end(keep_busy=pause)
         return {
-            "power_watts": _number(window.mean_watts),
+            "power_watts": _watts(window, case.gpus),
             "valid": window.valid,
             "invalid_reason": window.invalid_reason,
             "window": window_to_json(window),
@@ -287,7 +287,7 @@ def _kernel_fields(
 ) -> dict[str, Any]:
     """Measured quantities of a kernel's window; pure."""
     reasons = [window.invalid_reason] if window.invalid_reason else []
-    power = _number(window.mean_watts)
+    power = _watts(window, case.gpus)
     seconds = timing.iteration_seconds
     if seconds is None:
         reasons.append("fewer than two launches ended inside the window")
@@ -322,8 +322,12 @@ def _failure(error: Exception) -> dict[str, Any]:
     return {"status": status, "error": text, "valid": False, "invalid_reason": text}
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _watts(window: Window, gpus: int) -> float | None:
+    """Mean power of the first `gpus` GPUs, which the case runs on; others of the meter idle."""
+    joules = math.fsum(window.energy_joules[:gpus])
+    if math.isnan(joules) or window.duration_seconds <= 0:
+        return None
+    return joules / window.duration_seconds
 
 
 # -- on real GPUs ----------------------------------------------------------------------------

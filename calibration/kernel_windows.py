@@ -21,6 +21,7 @@ _CLASS_OF = {
     "elementwise": "elementwise",
     "copy": "elementwise",
     "sampling": "sampling",
+    "communication": "communication",
 }
 """Operator class of the model by the suite's class; windows of other classes are no kernels."""
 _WRITES = ("copy_write",)
@@ -44,8 +45,23 @@ def read_windows(path: Path) -> list[dict[str, Any]]:
 
 
 def kernel_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
-    """Rows of the windows whose operator class the model knows; repeats are rows of their own."""
-    used = [w for w in windows if w["op_class"] in _CLASS_OF and w["launcher"] not in _WRITES]
+    """Rows of one GPU's windows whose operator class the model knows; repeats are rows too."""
+    known = set(_CLASS_OF) - {"communication"}
+    used = [w for w in windows if w["op_class"] in known and w["launcher"] not in _WRITES]
+    return _rows(used, boost_clock_hz)
+
+
+def link_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
+    """Rows of the all-reduces, watts of one GPU; what passes on the chip is part of the link's."""
+    used = [
+        {**w, "activation_bytes": 0.0, "power_watts": w["power_watts"] / w["gpus"]}
+        for w in windows
+        if w["op_class"] == "communication"
+    ]
+    return _rows(used, boost_clock_hz)
+
+
+def _rows(used: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
     work = [_work(w) for w in used]
 
     def column(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

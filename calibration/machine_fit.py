@@ -5,7 +5,8 @@ calibration:
 
 1. seconds of kernels alone, class by class (`fit.fit_kernel_seconds`; 8-bit products after the
    16-bit ones),
-2. seconds and watts of all kernel windows together (`fit_serving.fit_serving` without runs),
+2. seconds and watts of all kernel windows together (`fit_serving.fit_serving` without runs;
+   all-reduces of two GPUs are fitted apart before: `fit_link`),
 3. where serving runs were measured: host times of their stacks, the gap between kernels and the
    base power (`fit_serving.fit_serving`); what kernels cost stays as measured alone.
 
@@ -44,7 +45,7 @@ from calibration.fit_serving import (
     value_at,
     window_seconds_and_watts,
 )
-from calibration.kernel_windows import kernel_rows
+from calibration.kernel_windows import kernel_rows, link_rows
 from calibration.measured_runs import read_own
 from calibration.measurements import Measurements, machine_of, measured_watts
 from energymodel import __version__
@@ -93,6 +94,8 @@ def fit_machine(
             f"{_FEWEST_FAMILIES} families are needed; run `energymodel calibrate --suite quick`"
         )
     progress(f"{len(rows)} kernel windows of {families} shape families")
+    links = link_rows(windows, gpu.boost_clock_hz)
+    start = fit_link(links, gpu, start)
     kernels, log_std = fit_windows(rows, gpu, start)
     errors = _summaries(rows, *held_out_windows(rows, gpu, start))
     found, left_out = read_own(measured.serving_files)
@@ -129,11 +132,13 @@ def fit_machine(
         "start": f"calibration of {start.gpu}, origin {start.origin}",
         "start_has_seen": sorted(files[sha] for sha in files if sha in _seen(start)),
         "files": files,
-        "kernel_windows": dict(Counter(rows.op_class)),
+        "kernel_windows": dict(Counter(rows.op_class + links.op_class)),
         "shape_families": {
             c: len(set(rows.of_class(c).family)) for c in dict.fromkeys(rows.op_class)
         },
-        "classes_not_measured": [c for c in start.kernels if c not in rows.op_class],
+        "classes_not_measured": [
+            c for c in start.kernels if c not in rows.op_class + links.op_class
+        ],
         "held_out_windows": "each predicted by a fit without any window of its shape family",
         "held_out_errors": {c: {k: _plain(v) for k, v in e.items()} for c, e in errors.items()},
         "serving_runs": {
@@ -180,6 +185,24 @@ def fit_windows(
         for dtype, value in fit.calibration.joules_per_flop.items()
     }
     return replace(fit.calibration, joules_per_flop=joules), fit.log_std
+
+
+def fit_link(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> Calibration:
+    """Calibration with seconds and joules of the link fitted to all-reduces, if there are enough.
+
+    They are one shape family: nothing is held out. Joules per byte are what the larger half drew
+    above the base.
+    """
+    if len(rows) <= len(TIME_PARAMETERS["communication"]):
+        return start
+    kernel = fit_kernel_seconds(rows, gpu, start, "communication")
+    large = rows.link_bytes >= np.median(rows.link_bytes)
+    above = (rows.watts - start.base_watts) * rows.seconds / rows.link_bytes
+    return replace(
+        start,
+        kernels={**start.kernels, "communication": kernel},
+        joules_per_link_byte=float(max(0.0, np.median(above[large]))),
+    )
 
 
 def _from_start(parameter: Parameter, start: Calibration) -> Parameter:

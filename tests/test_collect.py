@@ -110,6 +110,16 @@ def test_a_kernel_is_recorded_with_all_it_takes(tmp_path: Path) -> None:
     assert record["window"]["energy_method"] == "counter"
 
 
+def test_power_is_that_of_the_gpus_that_a_case_runs_on(tmp_path: Path) -> None:
+    one = kernels(1)[0]
+    two = replace(one, name="two", gpus=2)
+    meter = NvmlMeter((0, 1), nvml=FakeNvml(watts=(500.0, 70.0)))
+    _, records = run(tmp_path / "w.jsonl", [one, two], meter=meter)
+    watts = {r["case"]: r["power_watts"] for r in cases_of(records)}
+    assert watts[one.name] == pytest.approx(500.0, rel=0.05)
+    assert watts["two"] == pytest.approx(570.0, rel=0.05)
+
+
 def test_idle_states_are_windows_without_iterations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

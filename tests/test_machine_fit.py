@@ -17,6 +17,7 @@ from calibration.validation_rows import DATA
 from energymodel.calibrations import load_calibration
 from energymodel.cli import app
 from energymodel.datafiles import data_path
+from energymodel.gpus import load_gpu
 
 KERNELS = DATA / "kernels" / "h100-card-b.jsonl.gz"
 SERVING = DATA / "serving" / "h100-card-a.jsonl.gz"
@@ -154,6 +155,35 @@ def test_eight_bit_products_get_their_own_efficiency_and_energy(tmp_path: Path) 
     assert ratio == pytest.approx(start["fp8"] / start["bf16"], rel=1e-4)
     ratio = both.joules_per_flop["fp8"] / both.joules_per_flop["bf16"]
     assert ratio != pytest.approx(start["fp8"] / start["bf16"], rel=1e-3)
+
+
+def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
+    """Made up: 9 us and 300 GB/s, 120 pJ/B above a base of 138.6 W on each of two boards."""
+    some = next(r for r in some_kernels() if r.get("op_class") == "gemm")
+    reduces = []
+    for size in (2.0**14, 2.0**17, 2.0**20, 2.0**23, 2.0**26, 2.0**29):
+        seconds = 9e-6 + size / 300e9
+        reduces.append(
+            {
+                **some,
+                **{"case": f"all_reduce.{size:.0f}", "op_class": "communication", "gpus": 2},
+                **{"launcher": "all_reduce", "family": "all_reduce", "shape": {"bytes": size}},
+                **{"flops": 0.0, "hbm_bytes": 0.0, "activation_bytes": 2 * size},
+                **{"link_bytes": size, "iteration_seconds": seconds},
+                "power_watts": 2 * (138.61 + 120e-12 * size / seconds),
+            }
+        )
+    windows = write(tmp_path / "w.jsonl", some_kernels() + reduces)
+    outcome = fit(windows, "--out", tmp_path / "o.json")
+    assert outcome.exit_code == 0, outcome.output
+    fitted = load_calibration(str(tmp_path / "o.json"))
+    link = load_gpu("h100").link_bytes_per_s
+    kernel = fitted.kernels["communication"]
+    assert kernel.memory_efficiency * link == pytest.approx(300e9, rel=0.02)
+    assert kernel.call_seconds == pytest.approx(9e-6, rel=0.05)
+    assert fitted.joules_per_link_byte == pytest.approx(120e-12, rel=0.02)
+    assert fitted.provenance["kernel_windows"]["communication"] == 6
+    assert "communication" not in fitted.provenance["classes_not_measured"]
 
 
 def test_a_start_that_has_seen_the_windows_is_pointed_out(tmp_path: Path) -> None:
