@@ -18,7 +18,7 @@ from fake_nvml import FakeNvml
 from test_serving import StepEngine, World, WorldMeter, in_world
 from typer.testing import CliRunner, Result
 
-from calibration import measure_runs, serving
+from calibration import measure_runs, serving, serving_cases
 from calibration.preflight import check_metered
 from calibration.serving_plan import load_plan
 from calibration.windows import MeterError, read_jsonl
@@ -249,6 +249,13 @@ def server() -> Iterator[tuple[str, type[FakeServer]]]:
         thread.join()
 
 
+@pytest.fixture
+def no_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle states take seconds."""
+    idle = {"watts": 70.0, "window": {"valid": True}}
+    monkeypatch.setattr(serving_cases, "measure_idle", lambda *_: idle)
+
+
 def test_a_running_server_is_metered_under_load(
     nvml: dict[str, Any], server: tuple[str, type[FakeServer]], tmp_path: Path
 ) -> None:
@@ -281,6 +288,7 @@ def test_a_running_server_is_metered_under_load(
     assert nvml_name in outcome.stdout
 
 
+@pytest.mark.usefixtures("no_idle")
 def test_a_server_s_faults_are_told(
     nvml: dict[str, Any], server: tuple[str, type[FakeServer]], tmp_path: Path
 ) -> None:
@@ -295,6 +303,7 @@ def test_a_server_s_faults_are_told(
     assert "refused a request (400): no such option" in measure(*some, "--url", url).stdout
 
 
+@pytest.mark.usefixtures("no_idle")
 def test_codecarbon_meters_the_same_run(
     nvml: dict[str, Any],
     server: tuple[str, type[FakeServer]],
