@@ -148,17 +148,13 @@ def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
     deployments: dict[tuple[Any, ...], Deployment] = {}
     runs = []
     for row in rows:
-        options = {"tensor_parallel": 1, "max_step_tokens": None, "max_model_len": None}
-        options |= {"kv_dtype": None} | dict(row.options)
+        options = dict(row.options)
         key = (row.gpu, row.model_name, row.stack, *sorted(options.items(), key=str))
         if key not in deployments:
             deployments[key] = deploy(
                 gpu=row.gpu,
                 model=row.model,
                 stack=row.stack,
-                pipeline_parallel=1,
-                dtype="bf16",
-                calibration=None,
                 **options,  # type: ignore[arg-type]
             )
         tokens = int(row.requests.output_tokens.sum())
@@ -321,10 +317,11 @@ _UNTESTED = 0.5
 def usable(row: MeasuredRow, gpu: str) -> bool:
     """Whether a row says something about the steady state of a GPU.
 
-    Transformers lets cuDNN plan attention anew for each length of KV cache that it has not met
+    Saturated servers (rows with a ramp) are left to validation. Transformers lets cuDNN plan attention anew for each length of KV cache that it has not met
     (about 60 ms a step): batches that were metered while it did are no steady state.
     """
-    return row.gpu == gpu and not (row.stack == "transformers" and row.unsteady)
+    planning_attention = row.stack == "transformers" and row.unsteady
+    return row.gpu == gpu and row.ramp is None and not planning_attention
 
 
 def calibrate_serving(
@@ -417,7 +414,9 @@ def _documented(
         "command": f"python -m calibration.fit_serving {name}",
         "start": f"calibration/data/public/{name}.json, "
         + str(fit.calibration.provenance.get("source")),
-        "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
+        "files": {
+            f"{f.parent.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+        },
         "kernel_windows": len(windows),
         "serving_runs": {group: len(pairs) for group, pairs in groups.items()},
         "split": "calibration/data/split.json",

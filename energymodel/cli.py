@@ -16,6 +16,7 @@ from calibration.measure_cli import measure
 from energymodel import __version__
 from energymodel.errors import ConfigurationError
 from energymodel.plan_cli import plan
+from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MAX_BATCH, DEFAULT_MODEL, DEFAULT_STACK
 from energymodel.sweep_cli import whatif
 from energymodel.terminal import (
     check_writable,
@@ -93,8 +94,8 @@ def predict(
     gpu: Annotated[str, typer.Option(help="GPU name, alias or data file.")],
     model: Annotated[
         str, typer.Option(help="Bundled name, config.json, a folder with one, or a cached hub id.")
-    ] = "llama-3.1-8b",
-    stack: Annotated[str, typer.Option(help="vllm, vllm-eager or transformers.")] = "vllm",
+    ] = DEFAULT_MODEL,
+    stack: Annotated[str, typer.Option(help="vllm, vllm-eager or transformers.")] = DEFAULT_STACK,
     arrivals: Annotated[
         str, typer.Option(help="trace, offline (all at time 0) or poisson:RATE in requests/s.")
     ] = "trace",
@@ -103,7 +104,9 @@ def predict(
     ] = "1",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs a layer is split over.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Stages the layers are split into.")] = 1,
-    max_batch: Annotated[int, typer.Option(help="Sequences in flight (vLLM max_num_seqs).")] = 256,
+    max_batch: Annotated[
+        int, typer.Option(help="Sequences in flight (vLLM max_num_seqs).")
+    ] = DEFAULT_MAX_BATCH,
     max_step_tokens: Annotated[
         int | None,
         typer.Option(
@@ -115,7 +118,7 @@ def predict(
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Weights: bf16, fp16, fp8, int8, int4, mxfp4, fp32.")
-    ] = "bf16",
+    ] = DEFAULT_DTYPE,
     kv_dtype: Annotated[
         str | None, typer.Option(help="KV cache: bf16, fp16 or fp8.", show_default="bf16")
     ] = None,
@@ -163,7 +166,8 @@ def predict(
 
         check_emissions_file(emissions, output, trace, gpu, model, calibration)
         if report is not None:
-            from energymodel.html_report import check_report_file, html_report  # noqa: PLC0415
+            from energymodel.html_report import check_report_file  # noqa: PLC0415
+            from energymodel.prediction_page import prediction_page  # noqa: PLC0415
 
             check_report_file(report, output, emissions, trace, gpu, model, calibration)
         result = run(
@@ -203,7 +207,7 @@ def predict(
             place = None if grid is None else load_grid_intensity(grid)
             append_emissions(emissions_row(result, place), emissions)
         if report is not None:
-            write_text(html_report(result), report)
+            write_text(prediction_page(result), report)
 
 
 @trace_app.command("describe")

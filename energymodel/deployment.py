@@ -10,7 +10,16 @@ from energymodel.errors import CapacityError, ConfigurationError, ProfileError, 
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
 from energymodel.operators import compute_dtype
-from energymodel.specs import GpuSpec, ModelSpec, MoeSpec, ServingConfig
+from energymodel.specs import (
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_BATCH,
+    DEFAULT_MODEL,
+    DEFAULT_STACK,
+    GpuSpec,
+    ModelSpec,
+    MoeSpec,
+    ServingConfig,
+)
 from energymodel.units import BYTES_PER_ELEMENT, GIB
 
 STACKS = ("vllm", "vllm-eager", "transformers")
@@ -57,20 +66,20 @@ class Deployment:
 def deploy(
     *,
     gpu: str | GpuSpec,
-    model: str | ModelSpec,
-    stack: str,
-    tensor_parallel: int,
-    pipeline_parallel: int,
-    max_batch: int,
-    max_step_tokens: int | None,
-    max_model_len: int | None,
-    dtype: str,
-    kv_dtype: str | None,
-    calibration: str | Calibration | None,
+    model: str | ModelSpec = DEFAULT_MODEL,
+    stack: str = DEFAULT_STACK,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    max_batch: int = DEFAULT_MAX_BATCH,
+    max_step_tokens: int | None = None,
+    max_model_len: int | None = None,
+    dtype: str = DEFAULT_DTYPE,
+    kv_dtype: str | None = None,
+    calibration: str | Calibration | None = None,
 ) -> Deployment:
     """Load GPU, model and calibration, check the options against them, and cost every step.
 
-    Arguments as in `workload.predict`.
+    Arguments and defaults as in `workload.predict`.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from energymodel.errors import ConfigurationError
+from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL
 from energymodel.sweep_cli import load_workload, one_of, progress, share_or_trace, values_of
 from energymodel.terminal import check_writable, user_errors, write_text
 
@@ -28,7 +29,7 @@ def plan(
     stock: Annotated[str, typer.Option(help="GPUs there are, e.g. h100=8,a100=16.")],
     model: Annotated[
         str, typer.Option(help="Model, or one for each trace, separated by commas.")
-    ] = "llama-3.1-8b",
+    ] = DEFAULT_MODEL,
     ttft: Annotated[float | None, typer.Option(help="Most time to first token [s].")] = None,
     tpot: Annotated[float | None, typer.Option(help="Most time per output token [s].")] = None,
     percentile: Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")] = "p99",
@@ -40,7 +41,7 @@ def plan(
         float | None, typer.Option(help="Power a rack has for GPU boards [W].")
     ] = None,
     racks: Annotated[int | None, typer.Option(help="Racks; each holds one GPU type.")] = None,
-    dtype: Annotated[str, typer.Option(help="Dtypes to try, separated by commas.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Dtypes to try, separated by commas.")] = DEFAULT_DTYPE,
     tensor_parallel: Annotated[str, typer.Option(help="Splits to try.")] = "1,2",
     max_batch: Annotated[str, typer.Option(help="Batch limits to try.")] = "64,256",
     power_limit: Annotated[

@@ -372,19 +372,7 @@ def _decode_share(gpu: str, task: str, batch: int) -> float:
 
 
 def _deployed(gpu: str, model: str) -> Deployment:
-    return deploy(
-        gpu=gpu,
-        model=load_model(model),
-        stack="vllm",
-        tensor_parallel=1,
-        pipeline_parallel=1,
-        max_batch=256,
-        max_step_tokens=None,
-        max_model_len=None,
-        dtype="bf16",
-        kv_dtype=None,
-        calibration=None,
-    )
+    return deploy(gpu=gpu, model=load_model(model))
 
 
 def _draft_pair(pair: tuple[str, str, str], draft_tokens: int) -> tuple[Speculation, DecodeCosts]:

@@ -12,6 +12,7 @@ from energymodel.errors import ConfigurationError, unknown_name
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
 from energymodel.models import load_model
+from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MAX_BATCH, DEFAULT_MODEL, DEFAULT_STACK
 from energymodel.units import BYTES_PER_ELEMENT
 
 
@@ -20,16 +21,16 @@ class Setting:
     """One choice of everything; fields as in `workload.predict`, None = its default."""
 
     gpu: str
-    model: str = "llama-3.1-8b"
-    stack: str = "vllm"
-    dtype: str = "bf16"
+    model: str = DEFAULT_MODEL
+    stack: str = DEFAULT_STACK
+    dtype: str = DEFAULT_DTYPE
     kv_dtype: str | None = None
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     replicas: int | str = "auto"
     prefill_replicas: int = 0
     """Replicas for prompts alone, beside `replicas` that decode; 0 = each does both."""
-    max_batch: int = 256
+    max_batch: int = DEFAULT_MAX_BATCH
     max_step_tokens: int | None = None
     power_limit_watts: float | None = None
     """Board power limit; None = the calibration's."""

@@ -12,6 +12,12 @@ from typing import Literal
 Origin = Literal["measured", "public-data", "datasheet"]
 Stack = Literal["vllm", "vllm-eager", "transformers"]
 
+DEFAULT_MODEL = "llama-3.1-8b"
+DEFAULT_STACK: Stack = "vllm"
+DEFAULT_DTYPE = "bf16"
+DEFAULT_MAX_BATCH = 256
+"""What is served, and how, where nothing else is asked for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
@@ -149,12 +155,12 @@ class ModelSpec:
 class ServingConfig:
     """How the model is served. Defaults are vLLM V1's own for its offline `LLM` class."""
 
-    stack: Stack = "vllm"
-    weight_dtype: str = "bf16"
+    stack: Stack = DEFAULT_STACK
+    weight_dtype: str = DEFAULT_DTYPE
     kv_dtype: str = "bf16"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-    max_batch: int = 256
+    max_batch: int = DEFAULT_MAX_BATCH
     """Sequences in flight at once (vLLM `max_num_seqs`)."""
     max_step_tokens: int = 8192
     """Token budget of a step (vLLM `max_num_batched_tokens`)."""

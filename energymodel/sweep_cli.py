@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from energymodel.errors import ConfigurationError
+from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL, DEFAULT_STACK
 from energymodel.terminal import check_writable, user_errors, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def whatif(
         str, typer.Option(help="Trace file, `-` for stdin, or a built-in workload's name.")
     ],
     gpu: Annotated[str, typer.Option(help="GPUs, separated by commas, as all lists below.")],
-    model: Annotated[str, typer.Option(help="Models.")] = "llama-3.1-8b",
-    stack: Annotated[str, typer.Option(help="Stacks.")] = "vllm",
-    dtype: Annotated[str, typer.Option(help="Dtypes of the weights.")] = "bf16",
+    model: Annotated[str, typer.Option(help="Models.")] = DEFAULT_MODEL,
+    stack: Annotated[str, typer.Option(help="Stacks.")] = DEFAULT_STACK,
+    dtype: Annotated[str, typer.Option(help="Dtypes of the weights.")] = DEFAULT_DTYPE,
     kv_dtype: Annotated[str | None, typer.Option(help="Dtypes of the KV cache.")] = None,
     tensor_parallel: Annotated[str, typer.Option(help="GPUs a layer is split over.")] = "1",
     pipeline_parallel: Annotated[str, typer.Option(help="Stages.")] = "1",

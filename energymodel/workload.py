@@ -27,7 +27,14 @@ from energymodel.paper_accounting import (
 from energymodel.prices import load_electricity_price
 from energymodel.replicas import bearable_seconds, serve_on_replicas
 from energymodel.results import Prediction
-from energymodel.specs import GpuSpec, ModelSpec
+from energymodel.specs import (
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_BATCH,
+    DEFAULT_MODEL,
+    DEFAULT_STACK,
+    GpuSpec,
+    ModelSpec,
+)
 from energymodel.traces import Requests, explain_dropped
 from energymodel.workloads import load_requests
 
@@ -39,16 +46,16 @@ def predict(
     trace: str | Requests,
     *,
     gpu: str | GpuSpec,
-    model: str | ModelSpec = "llama-3.1-8b",
-    stack: str = "vllm",
+    model: str | ModelSpec = DEFAULT_MODEL,
+    stack: str = DEFAULT_STACK,
     arrivals: str = "trace",
     replicas: int | str = 1,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
-    max_batch: int = 256,
+    max_batch: int = DEFAULT_MAX_BATCH,
     max_step_tokens: int | None = None,
     max_model_len: int | None = None,
-    dtype: str = "bf16",
+    dtype: str = DEFAULT_DTYPE,
     kv_dtype: str | None = None,
     binning: str = "exact",
     pue: float = 1.0,

@@ -17,19 +17,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def deployed(model: str, gpu: str = "a6000", stack: str = "vllm") -> Deployment:
-    return deploy(
-        gpu=gpu,
-        model=model,
-        stack=stack,
-        tensor_parallel=1,
-        pipeline_parallel=1,
-        max_batch=256,
-        max_step_tokens=None,
-        max_model_len=None,
-        dtype="bf16",
-        kv_dtype=None,
-        calibration=None,
-    )
+    return deploy(gpu=gpu, model=model, stack=stack)
 
 
 @pytest.mark.parametrize(

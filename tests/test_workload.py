@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from shapes import calibration, gpu, ideal_kernel, llama_8b, tiny
 
 import energymodel
 from energymodel.calibrations import Calibration, StackCalibration
+from energymodel.deployment import deploy
 from energymodel.errors import (
     CapacityError,
     ConfigurationError,
@@ -23,6 +25,7 @@ from energymodel.errors import (
 )
 from energymodel.naive import load_naive_rules
 from energymodel.results import Prediction
+from energymodel.settings import Setting
 from energymodel.traces import DroppedRows, Requests
 from energymodel.workload import predict
 
@@ -638,3 +641,14 @@ def test_the_public_names() -> None:
     assert energymodel.predict is predict
     with pytest.raises(energymodel.EnergyModelError):
         energymodel.predict("nope", gpu="a100")
+
+
+def test_a_deployment_has_the_defaults_of_predict() -> None:
+    asked = inspect.signature(predict).parameters
+    for name, parameter in inspect.signature(deploy).parameters.items():
+        assert parameter.default == asked[name].default, name
+    for field in fields(Setting):
+        if field.name in asked and field.name not in ("gpu", "replicas"):  # replicas: auto there
+            assert field.default == asked[field.name].default, field.name
+    one = deploy(gpu="a100")
+    assert one.serving == deploy(gpu="a100", stack="vllm", max_batch=256, dtype="bf16").serving
