@@ -317,8 +317,9 @@ _UNTESTED = 0.5
 def usable(row: MeasuredRow, gpu: str) -> bool:
     """Whether a row says something about the steady state of a GPU.
 
-    Saturated servers (rows with a ramp) are left to validation. Transformers lets cuDNN plan attention anew for each length of KV cache that it has not met
-    (about 60 ms a step): batches that were metered while it did are no steady state.
+    Saturated servers (rows with a ramp) are left to validation. Transformers lets cuDNN plan
+    attention anew for each length of KV cache that it has not met (about 60 ms a step): batches
+    that were metered while it did are no steady state.
     """
     planning_attention = row.stack == "transformers" and row.unsteady
     return row.gpu == gpu and row.ramp is None and not planning_attention
