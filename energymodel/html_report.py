@@ -1,35 +1,33 @@
-"""A prediction as one web page that needs nothing else: figures, tables, and the result itself.
+"""Results as web pages that need nothing else: what the pages of all commands share.
 
-The page holds the JSON of the result; every number shown is a `<data>` element with the key it was
-taken from and its full value. Needs matplotlib and Jinja: pip install 'energymodel[report]'.
+A page holds the JSON of its result; every number shown is a `<data>` element with the key it was
+taken from and its full value. What each page shows is in `prediction_page.py`, `sweep_page.py` and
+`plan_page.py` (and `calibration/validation_page.py`). Needs matplotlib and Jinja: pip install
+'energymodel[report]'.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from energymodel import plots
+from energymodel import __version__
 from energymodel.errors import EnergyModelError
 from energymodel.report import (
-    COMPONENTS,
-    LATENCIES,
     count_text,
     gap_text,
     grams_text,
     joules_text,
-    render,
     seconds_text,
-    setup_text,
     share_text,
     three_digits,
     usd_text,
     watt_hours_text,
 )
-from energymodel.results import Prediction
 from energymodel.svg_charts import inline_svg
 from energymodel.terminal import check_writable
 
@@ -51,32 +49,24 @@ WAYS_TO_WRITE: Mapping[str, Callable[[Any], str]] = {
     "gap": gap_text,
     "count": count_text,
     "whole": lambda value: f"{value:,}",
+    "hours": lambda value: f"{value:,.1f}",
     "number": lambda value: f"{value:g}",
     "scientific": lambda value: f"{value:.3g}",
     "percent": lambda value: f"{value:.0%}",
+    "share": share_text,
+    "signed": lambda value: f"{value:+.1%}",
 }
-"""How numbers are written, by the name that the template uses."""
+"""How numbers are written, by the name that the templates use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Chart:
+class Chart:
+    """A figure of a page."""
+
     draw: Callable[..., Figure]
+    """Takes `width_inches` and draws the figure in that width."""
     label: str
-
-
-_CHARTS = {
-    "breakdown": _Chart(
-        draw=plots.energy_breakdown, label="Energy by phase, component and operator"
-    ),
-    "power": _Chart(draw=plots.power_over_time, label="Power over time by phase"),
-    "bins": _Chart(
-        draw=lambda result, **options: plots.bin_heatmap(result.bins, **options),
-        label="Energy by bin of input and output length",
-    ),
-    "naive": _Chart(draw=plots.naive_gap, label="Simple rules against the prediction"),
-    "roofline": _Chart(draw=plots.roofline, label="Roofline with the workload's operators"),
-    "latency": _Chart(draw=plots.latency, label="Latency percentiles"),
-}
+    """What it shows, for those who do not see it."""
 
 
 def check_report_file(report: Path, *others: str | Path | None) -> None:
@@ -108,8 +98,16 @@ def _check_libraries() -> None:
         )
 
 
-def html_report(result: Prediction) -> str:
-    """The page, as text to be written to a file.
+def html_page(template: str, result_json: str, charts: Mapping[str, Chart], **shown: Any) -> str:
+    """A page, as text to be written to a file.
+
+    Parameters
+    ----------
+    template : name of a file in `templates/` that extends `base.html`
+    result_json : the JSON document that the page holds, and that its numbers are taken from; the
+        template knows it as `r`
+    charts : by the name that the template uses
+    shown : more that the template shows
 
     Raises
     ------
@@ -126,30 +124,20 @@ def html_report(result: Prediction) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    document = result.to_dict()
-    charts = {
-        name: _drawn(name, chart, result)
-        for name, chart in _CHARTS.items()
-        if name != "power" or result.timeline is not None
-    }
-    environment.globals.update(
-        number=_number_writer(document),
-        share=lambda joules: share_text(joules / result.energy_joules),
-    )
-    page: str = environment.get_template("report.html").render(
+    document = json.loads(result_json)
+    environment.globals["number"] = _number_writer(document)
+    page: str = environment.get_template(template).render(
         r=document,
-        setup=setup_text(result),
-        charts=charts,
-        components=COMPONENTS,
-        latencies=LATENCIES,
-        busy=result.busy_seconds / (result.wall_seconds * result.replicas),
-        result_json=_script_safe(render(result, "json")),
+        charts={name: _drawn(name, chart) for name, chart in charts.items()},
+        version=__version__,
+        result_json=_script_safe(result_json),
+        **shown,
     )
     return page
 
 
 def _number_writer(document: Mapping[str, Any]) -> Callable[..., Markup]:
-    """What the template calls to show a number of the result: `number("bins", 0, "requests")`."""
+    """What templates call to show a number of the result: `number("bins", 0, "requests")`."""
     from markupsafe import Markup  # noqa: PLC0415 (comes with Jinja)
 
     def number(kind: str, *path: str | int) -> Markup:
@@ -163,13 +151,13 @@ def _number_writer(document: Mapping[str, Any]) -> Callable[..., Markup]:
     return number
 
 
-def _drawn(name: str, chart: _Chart, result: Prediction) -> Markup:
+def _drawn(name: str, chart: Chart) -> Markup:
     """The chart for wide and for narrow screens."""
     from markupsafe import Markup  # noqa: PLC0415 (comes with Jinja)
 
     svgs = [
         inline_svg(
-            chart.draw(result, width_inches=inches),
+            chart.draw(width_inches=inches),
             f"{name}-{size}",
             chart.label,
             f"chart {size}",

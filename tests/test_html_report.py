@@ -19,8 +19,9 @@ from typer.testing import CliRunner, Result
 import energymodel
 from energymodel import plots
 from energymodel.cli import app
-from energymodel.html_report import WAYS_TO_WRITE, html_report
+from energymodel.html_report import WAYS_TO_WRITE
 from energymodel.plot_style import BLUE
+from energymodel.prediction_page import prediction_page
 from energymodel.report import render
 from energymodel.results import Prediction
 from energymodel.svg_charts import inline_svg
@@ -84,7 +85,7 @@ def result() -> Prediction:
 
 @pytest.fixture(scope="module")
 def text(result: Prediction) -> str:
-    return html_report(result)
+    return prediction_page(result)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_colours_follow_the_page(text: str) -> None:
 def test_text_of_a_trace_is_no_markup(result: Prediction) -> None:
     evil = "</script><script>alert(1)</script>&amp;"
     inputs = dict(result.inputs) | {"trace": evil, "trace_source": evil}
-    page = html_report(replace(result, inputs=inputs, warnings=(evil,)))
+    page = prediction_page(replace(result, inputs=inputs, warnings=(evil,)))
     assert "<script>alert" not in page
     assert json.loads(Page(page).texts["result"])["inputs"]["trace"] == evil
 
@@ -199,7 +200,7 @@ def test_text_of_a_trace_is_no_markup(result: Prediction) -> None:
 )
 def test_other_setups_have_a_page(options: dict[str, Any]) -> None:
     result = energymodel.predict("translation", gpu="a100", **options)
-    page = Page(html_report(result))
+    page = Page(prediction_page(result))
     charts = sum(tag == "svg" for tag, _ in page.elements)
     assert charts == (10 if options.get("binning") == "paper" else 12)
     assert "electricity_usd" not in {key for key, _, _ in page.numbers}
@@ -208,7 +209,7 @@ def test_other_setups_have_a_page(options: dict[str, Any]) -> None:
 def test_a_request_of_one_token_has_a_page(tmp_path: Path) -> None:
     trace = tmp_path / "one.csv"
     trace.write_text("arrival_seconds,input_tokens,output_tokens\n0,10,1\n")
-    Page(html_report(energymodel.predict(str(trace), gpu="a100")))
+    Page(prediction_page(energymodel.predict(str(trace), gpu="a100")))
 
 
 def test_inline_svg_keeps_the_texts(result: Prediction) -> None:

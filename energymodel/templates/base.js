@@ -22,11 +22,11 @@ function show(event) {
 document.addEventListener("pointermove", show);
 document.addEventListener("pointerdown", show);
 document.addEventListener("scroll", () => { tip.style.visibility = "hidden"; }, { passive: true });
-document.getElementById("save").addEventListener("click", () => {
+document.getElementById("save").addEventListener("click", (event) => {
   const text = document.getElementById("result").textContent + "\n";
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  link.download = "prediction.json";
+  link.download = event.currentTarget.dataset.file;
   link.click();
   URL.revokeObjectURL(link.href);
 });
