@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs docs-output findings bench clean
+.PHONY: help demo test lint types docs docs-output findings notebooks bench clean
 
 help:
 	@echo 'make demo    energy of the built-in azure_code workload on an A100'
@@ -13,7 +13,8 @@ help:
 	@echo 'make lint    ruff and the import contracts'
 	@echo 'make types   mypy --strict on energymodel/'
 	@echo 'make docs    the documentation as a site, in build/site'
-	@echo 'make findings  findings of the paper findings beside ours, into docs/'
+	@echo 'make findings  findings of the paper beside ours, into docs/'
+	@echo 'make notebooks  run the notebooks and keep their outputs'
 	@echo 'make bench   time the commands in benchmarks/'
 	@echo 'make clean   remove .venv and everything built'
 
@@ -42,6 +43,10 @@ docs-output: .venv/.installed-dev
 # Writes the paper's findings into their page, as the tool predicts them today.
 findings: .venv/.installed-dev
 	$(BIN)/energymodel reproduce --format markdown --output docs/paper-findings.md --figure docs/img/paper-findings.png
+
+# Runs the notebooks and keeps what they print and draw.
+notebooks: .venv/.installed-dev
+	$(BIN)/python tests/notebook_runs.py
 
 bench: .venv/.installed-dev
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

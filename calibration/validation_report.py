@@ -45,7 +45,9 @@ def terminal_text(validation: Validation, *, color: bool) -> str:
     from rich.table import Table  # noqa: PLC0415
 
     width = max(shutil.get_terminal_size((126, 24)).columns, 100) if color else 126
-    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     for fitted, title in _SPLITS:
         groups = group_by(validation.comparisons, by_source, fitted=fitted)
         if not groups:

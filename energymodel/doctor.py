@@ -167,7 +167,9 @@ def render_diagnosis(d: Diagnosis, *, color: bool = False) -> str:
             ", ".join(f"{p.name} {p.version}" for p in group if p.version) or "-",
             ", ".join(p.name for p in group if not p.version) or "-",
         )
-    console = Console(file=io.StringIO(), force_terminal=color, width=100, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=100, highlight=False, force_jupyter=False
+    )
     console.print(f"energymodel {d.energymodel_version}, Python {d.python_version}", markup=False)
     console.print(f"data files: {d.data_folder}", markup=False, soft_wrap=True)
     kept = d.compiled_folder or "nowhere"

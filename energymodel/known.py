@@ -58,7 +58,9 @@ def _gpus(*, color: bool) -> str:
             f"{gpu.tdp_watts:.0f} W",
             load_calibration(name).origin if name in calibrated else "none yet",
         )
-    console = Console(file=io.StringIO(), force_terminal=color, width=_WIDTH, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=_WIDTH, highlight=False, force_jupyter=False
+    )
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())

@@ -55,7 +55,9 @@ def as_tables(plan: Plan, scaling: Scaling | None, *, color: bool) -> str:
     from rich.markup import escape  # noqa: PLC0415
 
     width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, 80)
-    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     if not plan.feasible:
         console.print("[bold]No plan.[/bold] " + escape(plan.infeasible))
         return _text(console)

@@ -169,7 +169,9 @@ def _tables(p: Prediction, *, color: bool) -> str:
 
     columns = shutil.get_terminal_size((_DEFAULT, 24)).columns
     width = min(max(columns, _NARROWEST), _WIDEST)
-    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     gap = 2 if width >= _ROOMY else 1
     for table in (_headline(p), _latency(p), _components(p), _operators(p), _naive(p)):
         console.print(table)

@@ -139,7 +139,9 @@ def as_table(result: Reproduction, *, color: bool) -> str:
     from rich.table import Table  # noqa: PLC0415
 
     width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, 100)
-    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     table = Table(title="The paper's findings", title_justify="left", box=None, pad_edge=False)
     for heading, side in (
         ("finding", "left"),
@@ -184,31 +186,7 @@ def as_markdown(result: Reproduction, figure: str | None = None) -> str:
         "`make findings` writes this page, `energymodel reproduce` prints it.",
         _READING,
         f"**{_counts(result.rows)}.**",
-        _table(
-            (
-                "where",
-                "finding",
-                "quantity",
-                "stated",
-                "predicted [interval]",
-                "over what is not stated",
-                "measured, H100",
-                "same way",
-            ),
-            [
-                (
-                    row.finding.where,
-                    row.finding.statement,
-                    row.finding.quantity,
-                    _stated(row.finding),
-                    _predicted(row),
-                    _open(row),
-                    _measured(row),
-                    _way(row),
-                )
-                for row in result.rows
-            ],
-        ),
+        findings_table(result.rows),
     ]
     if figure is not None:
         parts.append(f"![Findings as stated, predicted and measured]({figure})")
@@ -217,6 +195,35 @@ def as_markdown(result: Reproduction, figure: str | None = None) -> str:
     parts += ["## What moves the gap", *_sensitivity(result)]
     parts += ["## Speculative decoding by acceptance", *_speculation(result)]
     return "\n\n".join(parts)
+
+
+def findings_table(rows: Sequence[Row]) -> str:
+    """The findings alone, as a Markdown table."""
+    return _table(
+        (
+            "where",
+            "finding",
+            "quantity",
+            "stated",
+            "predicted [interval]",
+            "over what is not stated",
+            "measured, H100",
+            "same way",
+        ),
+        [
+            (
+                row.finding.where,
+                row.finding.statement,
+                row.finding.quantity,
+                _stated(row.finding),
+                _predicted(row),
+                _open(row),
+                _measured(row),
+                _way(row),
+            )
+            for row in rows
+        ],
+    )
 
 
 _READING = (

@@ -104,7 +104,9 @@ def as_tables(
     from rich.console import Console  # noqa: PLC0415 (slow to import)
 
     width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, 80)
-    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     order = ranking(points, objective, targets)
     front = pareto_front(criteria(points))
     axes = [name for name in differing_axes(points) if name != "replicas"]
@@ -150,7 +152,9 @@ def print_whole(console: Console, table: Table) -> None:
     endless = console.options.update(width=10_000)
     width = max(console.width, Measurement.get(console, endless, table).maximum)
     color = console.is_terminal
-    wide = Console(file=console.file, force_terminal=color, width=width, highlight=False)
+    wide = Console(
+        file=console.file, force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     wide.print(table)
 
 

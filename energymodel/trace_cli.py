@@ -76,7 +76,9 @@ def render_description(requests: Requests, form: str, *, color: bool = False) ->
     from rich.console import Console  # noqa: PLC0415 (slow to import)
 
     width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
-    console = Console(file=io.StringIO(), force_terminal=color, width=width, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=color, width=width, highlight=False, force_jupyter=False
+    )
     print_description(requests, console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
