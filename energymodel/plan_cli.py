@@ -140,6 +140,13 @@ def plan(
                 raise ConfigurationError(
                     f"{name} is too large to plan for at once; plan for a typical day of it"
                 )
+            if workload.binned.duration_seconds == 0.0:
+                raise ConfigurationError(
+                    f"{name}: all requests arrive at once, so there is no load that a fleet has to "
+                    "keep up with. Give a trace with times of arrival; for a batch job, compare "
+                    f"what settings take: energymodel whatif --trace {name} "
+                    f"--gpu {','.join(there.gpus)} --replicas 1,2,4"
+                )
             same = sum(demand.workload.binned.name == workload.binned.name for demand in demands)
             title = workload.binned.name + (f" ({same + 1})" if same else "")
             demands.append(Demand(name=title, model=served_by, workload=workload))

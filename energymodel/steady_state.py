@@ -182,7 +182,7 @@ def estimate(
         raise ConfigurationError("static batches have no steady state; simulate them exactly")
     if trace.duration_seconds == 0.0:
         raise ConfigurationError(
-            f"{trace.name}: all requests arrive at once, which is no steady state; simulate exactly"
+            f"{trace.name}: all requests arrive at once, which is no steady state; use --mode exact"
         )
     if trace.longest_tokens > deployment.kv_tokens:
         raise CapacityError(

@@ -148,6 +148,8 @@ def whatif(
             strict=strict,
             prefixes="trace" in axes["prefix_hit"],
         )
+        if workload.binned.duration_seconds == 0.0:  # no load to estimate from
+            mode = "exact"
         pair = None if compare is None else _pair(compare, len(settings))
         points, comparison = _sweep(
             settings,

@@ -361,6 +361,18 @@ def test_an_infeasible_plan_is_an_answer() -> None:
     assert "No plan" in result.output
 
 
+def test_a_batch_job_is_refused_and_the_way_named_works() -> None:
+    result = run_plan("--trace", "azure_code,translation", "--stock", "a100=4", "--ttft", "1")
+    assert result.exit_code == 2
+    assert "translation: all requests arrive at once" in result.output
+    command = result.output.split("energymodel whatif ")[1].split()
+    found = CliRunner().invoke(app, ["whatif", *command, "--backend", "sequential"])
+    assert found.exit_code == 0, found.output
+    assert "3 settings" in found.output
+    assert "refused" not in found.output
+    assert "~" not in found.output.split("* no other")[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
