@@ -17,6 +17,7 @@ from energymodel.plan_candidates import (
     Demand,
     Found,
     Search,
+    SearchJournal,
     best_settings,
     part_workload,
     search,
@@ -88,6 +89,7 @@ def make_plan(
     *,
     objective: str = "energy",
     margin: float = 0.0,
+    journal: SearchJournal | None = None,
     report: Callable[[object], object] = lambda done: None,
     **where: Any,
 ) -> Plan:
@@ -101,6 +103,7 @@ def make_plan(
     targets : of every trace
     objective : `energy`, `cost` or `carbon`
     margin : share of each pool's replicas that may be down [-], from 0 to below 1
+    journal : keeps searches, and gives those of an earlier run
     report : called when a search has ended, for a progress bar
     where : backend, scheduler and jobs, as in `sweep_run.run_tasks`
 
@@ -108,6 +111,10 @@ def make_plan(
     ------
     ConfigurationError
         If the stock is empty, the margin is out of range, or the objective is not known.
+    SweepError
+        As in `sweep_run.run_tasks`, and if the journal cannot be written.
+    KeyboardInterrupt
+        Passed on, after what was found is in the journal.
     """
     stock.check()
     targets.check()
@@ -117,7 +124,7 @@ def make_plan(
         raise ConfigurationError(f"unknown objective '{objective}': {', '.join(OBJECTIVES)}")
     variants = _variants(targets, margin)
     names = list(variants)
-    run = _Searches(demands, stock, list(variants.values()), report, where)
+    run = _Searches(demands, stock, list(variants.values()), journal, report, where)
     whole = run(
         [
             (number, replace(setting, model=demand.model), Fraction(1))
@@ -167,11 +174,13 @@ class _Searches:
         demands: Sequence[Demand],
         stock: Stock,
         variants: list[tuple[Targets, float]],
+        journal: SearchJournal | None,
         report: Callable[[object], object],
         where: dict[str, Any],
     ) -> None:
         self.shared = ([demand.workload for demand in demands], variants)
         self.stock = stock
+        self.journal = journal
         self.report = report
         self.where = where
 
@@ -180,11 +189,18 @@ class _Searches:
             Search(demand=number, setting=setting, share=share, most_replicas=self._most(setting))
             for number, setting, share in wanted
         ]
-        found: dict[int, tuple[Found, ...]] = {}
-        for number, result in run_tasks(_search, tasks, self.shared, **self.where):
-            found[number] = result
+        found = {} if self.journal is None else dict(self.journal.kept)
+        for task in tasks:
+            if task in found:
+                self.report(found[task])
+        left = [task for task in dict.fromkeys(tasks) if task not in found]
+        for number, result in run_tasks(_search, left, self.shared, **self.where):
+            task = left[number]
+            found[task] = result
+            if self.journal is not None:
+                self.journal.add(task, result)
             self.report(result)
-        return [found[number] for number in range(len(tasks))]
+        return [found[task] for task in tasks]
 
     def _most(self, setting: Setting) -> int:
         """Twice the stock: enough to say how many would do."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from hashlib import sha256
 from math import ceil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from energymodel.journal import Journal
 from energymodel.pareto import OBJECTIVES, Targets
 from energymodel.settings import Setting
 from energymodel.steady_state import summarise
 from energymodel.sweep import Point, Workload, evaluate
+from energymodel.sweep_run import fingerprint
 from energymodel.traces import Requests
 
 SHARES = tuple(Fraction(k, 4) for k in (4, 3, 2, 1))
@@ -48,6 +53,43 @@ class Found:
     """The fewest replicas that meet the targets, spare ones included; None if none do."""
     reason: str = ""
     """Why there is none."""
+
+
+SearchJournal = Journal[Search, tuple[Found, ...]]
+
+
+def search_journal(
+    path: Path, demands: Sequence[Demand], targets: Targets, margin: float
+) -> SearchJournal:
+    """The journal of a plan's searches; SweepError as in `Journal`."""
+    traces = [(demand.model, fingerprint(demand.workload)) for demand in demands]
+    digest = sha256(repr((traces, targets, margin)).encode()).hexdigest()[:16]
+    return Journal(path, digest, what="searches", read=_from_json, write=_to_json)
+
+
+def _to_json(task: Search, found: tuple[Found, ...]) -> dict[str, Any]:
+    outcomes = [
+        {"point": None if one.point is None else one.point.to_dict(), "reason": one.reason}
+        for one in found
+    ]
+    return {**asdict(task), "share": str(task.share), "found": outcomes}
+
+
+def _from_json(value: Any) -> tuple[Search, tuple[Found, ...]]:
+    task = Search(
+        demand=value["demand"],
+        setting=Setting(**value["setting"]),
+        share=Fraction(value["share"]),
+        most_replicas=value["most_replicas"],
+    )
+    return task, tuple(
+        Found(
+            search=task,
+            point=None if one["point"] is None else Point.from_dict(one["point"]),
+            reason=one["reason"],
+        )
+        for one in value["found"]
+    )
 
 
 def part_of(requests: Requests, share: Fraction, first: int = 0) -> Requests:

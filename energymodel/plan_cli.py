@@ -12,7 +12,7 @@ import typer
 from energymodel.errors import ConfigurationError
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL
 from energymodel.sweep_cli import load_workload, one_of, progress, share_or_trace, values_of
-from energymodel.terminal import check_writable, user_errors, write_text
+from energymodel.terminal import check_writable, kept_until_done, user_errors, write_text
 
 
 class PlanFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
@@ -63,7 +63,10 @@ def plan(
         str, typer.Option(help="GPUs not needed are off, cold (no process) or context.")
     ] = "cold",
     format: Annotated[PlanFormat, typer.Option(help="How to print.")] = PlanFormat.table,
-    output: Annotated[Path | None, typer.Option(help="Write there.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write there; searches are kept beside it until all is done."),
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="loky (processes), threading, sequential or dask.")
     ] = "loky",
@@ -82,9 +85,10 @@ def plan(
         check_writable(output)
         from energymodel import plan_report  # noqa: PLC0415
         from energymodel.fleet_plan import make_plan  # noqa: PLC0415
+        from energymodel.journal import journal_path  # noqa: PLC0415
         from energymodel.models import load_model  # noqa: PLC0415
         from energymodel.pareto import OBJECTIVES, Targets  # noqa: PLC0415
-        from energymodel.plan_candidates import Demand  # noqa: PLC0415
+        from energymodel.plan_candidates import Demand, search_journal  # noqa: PLC0415
         from energymodel.plan_scaling import PARKED, ScaledPool, scale  # noqa: PLC0415
         from energymodel.planning import Stock  # noqa: PLC0415
         from energymodel.settings import check_names, grid_of  # noqa: PLC0415
@@ -151,43 +155,47 @@ def plan(
             title = workload.binned.name + (f" ({same + 1})" if same else "")
             demands.append(Demand(name=title, model=served_by, workload=workload))
         where = {"backend": backend, "scheduler": scheduler, "jobs": jobs}
-        with progress(len(settings) * len(demands), "simulating candidates") as report:
-            found = make_plan(
-                demands,
-                settings,
-                there,
-                targets,
-                objective=objective,
-                margin=margin,
-                report=report,
-                **where,
-            )
-        scaling = None
-        if scale_every is not None and found.feasible:
-            names = [demand.name for demand in demands]
-            pools = [
-                ScaledPool(
-                    demand=names.index(pool.demand),
-                    setting=pool.point.setting,
-                    share=pool.share,
-                    first=pool.first,
+        path = journal_path(output, "searches")
+        journal = None if path is None else search_journal(path, demands, targets, margin)
+        with kept_until_done(journal):
+            with progress(len(settings) * len(demands), "simulating candidates") as report:
+                found = make_plan(
+                    demands,
+                    settings,
+                    there,
+                    targets,
+                    objective=objective,
+                    margin=margin,
+                    journal=journal,
+                    report=report,
+                    **where,
                 )
-                for pool in found.pools
-            ]
-            scaling = scale(
-                pools,
-                [demand.workload for demand in demands],
-                targets,
-                period_seconds=scale_every,
-                parked=park,
-                **where,
-            )
-        if format is PlanFormat.json:
-            text = plan_report.as_json(found, scaling)
-        else:
-            color = output is None and sys.stdout.isatty()
-            text = plan_report.as_tables(found, scaling, color=color)
-        write_text(text, output)
+            scaling = None
+            if scale_every is not None and found.feasible:
+                names = [demand.name for demand in demands]
+                pools = [
+                    ScaledPool(
+                        demand=names.index(pool.demand),
+                        setting=pool.point.setting,
+                        share=pool.share,
+                        first=pool.first,
+                    )
+                    for pool in found.pools
+                ]
+                scaling = scale(
+                    pools,
+                    [demand.workload for demand in demands],
+                    targets,
+                    period_seconds=scale_every,
+                    parked=park,
+                    **where,
+                )
+            if format is PlanFormat.json:
+                text = plan_report.as_json(found, scaling)
+            else:
+                color = output is None and sys.stdout.isatty()
+                text = plan_report.as_tables(found, scaling, color=color)
+            write_text(text, output)
 
 
 def _stock(text: str) -> dict[str, int]:

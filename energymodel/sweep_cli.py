@@ -13,12 +13,19 @@ import typer
 
 from energymodel.errors import ConfigurationError
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL, DEFAULT_STACK
-from energymodel.terminal import check_writable, user_errors, write_bytes, write_text
+from energymodel.terminal import (
+    check_writable,
+    kept_until_done,
+    user_errors,
+    write_bytes,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from energymodel.pareto import Comparison, Targets
     from energymodel.settings import Setting
     from energymodel.sweep import Point, Workload
+    from energymodel.sweep_run import PointsJournal
 
 _LARGEST_HELD_BYTES = 400e6  # of a trace file whose requests are held in memory
 
@@ -100,10 +107,11 @@ def whatif(
         check_writable(output)
         if format is SweepFormat.parquet and output is None:
             raise ConfigurationError("--format parquet needs --output FILE")
+        from energymodel.journal import journal_path  # noqa: PLC0415
         from energymodel.pareto import Targets  # noqa: PLC0415
         from energymodel.settings import check_names, grid_of  # noqa: PLC0415
         from energymodel.sweep import MODES  # noqa: PLC0415
-        from energymodel.sweep_run import BACKENDS  # noqa: PLC0415
+        from energymodel.sweep_run import BACKENDS, points_journal  # noqa: PLC0415
 
         targets = Targets(ttft_seconds=ttft, tpot_seconds=tpot, percentile=percentile)
         targets.check()
@@ -151,20 +159,23 @@ def whatif(
         if workload.binned.duration_seconds == 0.0:  # no load to estimate from
             mode = "exact"
         pair = None if compare is None else _pair(compare, len(settings))
-        points, comparison = _sweep(
-            settings,
-            workload,
-            objective,
-            targets,
-            mode=mode,
-            confirm=confirm,
-            pair=pair,
-            journal=None if output is None else output.with_name(output.name + ".points.jsonl"),
-            backend=backend,
-            scheduler=scheduler,
-            jobs=jobs,
-        )
-        _print_points(points, objective, targets, comparison, top, format, output)
+        path = journal_path(output, "points")
+        journal = None if path is None else points_journal(path, workload)
+        with kept_until_done(journal):
+            points, comparison = _sweep(
+                settings,
+                workload,
+                objective,
+                targets,
+                mode=mode,
+                confirm=confirm,
+                pair=pair,
+                journal=journal,
+                backend=backend,
+                scheduler=scheduler,
+                jobs=jobs,
+            )
+            _print_points(points, objective, targets, comparison, top, format, output)
 
 
 def _sweep(
@@ -176,41 +187,25 @@ def _sweep(
     mode: str,
     confirm: int,
     pair: tuple[int, int] | None,
-    journal: Path | None,
+    journal: PointsJournal | None,
     **where: Any,
 ) -> tuple[list[Point], Comparison | None]:
     """Points in the order of the settings, the best of them exact, and the comparison."""
     from energymodel.pareto import compare, ranking  # noqa: PLC0415
-    from energymodel.sweep_run import Journal, fingerprint, run_sweep  # noqa: PLC0415
+    from energymodel.sweep_run import run_sweep  # noqa: PLC0415
 
-    kept = None if journal is None else Journal(journal, fingerprint(workload))
-    completed = False
-    try:
-        with progress(len(settings), f"{len(settings)} settings") as report:
-            points = run_sweep(settings, workload, mode=mode, journal=kept, report=report, **where)
-        if mode == "binned":
-            points = _confirmed(points, workload, objective, targets, confirm, kept, where)
-        comparison = None
-        if pair is not None:
-            chosen = [settings[i] for i in pair]
-            exact = run_sweep(chosen, workload, mode="exact", journal=kept, **where)
-            for number, point in zip(pair, exact, strict=True):
-                points[number] = point
-            comparison = compare(exact[0], exact[1], workload.binned.total_requests)
-        ranking(points, objective, targets)  # says early what is not known
-        completed = True
-    except KeyboardInterrupt:
-        if kept is not None:
-            typer.echo(
-                f"interrupted: {len(kept.points)} points are kept in {kept.path}; run the same "
-                "command again to go on",
-                err=True,
-            )
-            raise typer.Exit(130) from None
-        raise
-    finally:
-        if kept is not None:
-            kept.close(delete=completed)
+    with progress(len(settings), f"{len(settings)} settings") as report:
+        points = run_sweep(settings, workload, mode=mode, journal=journal, report=report, **where)
+    if mode == "binned":
+        points = _confirmed(points, workload, objective, targets, confirm, journal, where)
+    comparison = None
+    if pair is not None:
+        chosen = [settings[i] for i in pair]
+        exact = run_sweep(chosen, workload, mode="exact", journal=journal, **where)
+        for number, point in zip(pair, exact, strict=True):
+            points[number] = point
+        comparison = compare(exact[0], exact[1], workload.binned.total_requests)
+    ranking(points, objective, targets)  # says early what is not known
     return points, comparison
 
 
@@ -220,7 +215,7 @@ def _confirmed(
     objective: str,
     targets: Targets,
     confirm: int,
-    journal: Any,
+    journal: PointsJournal | None,
     where: dict[str, Any],
 ) -> list[Point]:
     """The same points, the `confirm` best replaced by exact ones, until those are the best."""

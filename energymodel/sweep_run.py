@@ -1,20 +1,17 @@
 """Evaluates many settings in parallel, on this machine or on a Dask cluster, and can go on later.
 
-Points go to a journal as they come, one JSON object a line. Whatever ends a sweep (Ctrl-C, a full
-disk, a cluster that goes away), the same call goes on from there.
+Points go to a journal as they come; whatever ends a sweep, the same call goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from energymodel import __version__
-from energymodel.errors import EnergyModelError
+from energymodel.journal import Journal, SweepError
 from energymodel.settings import Setting, deployment_key, only_exact
 from energymodel.sweep import Point, Workload, evaluate
 
@@ -24,81 +21,23 @@ _CHUNK = {"binned": 64, "exact": 4}  # points a worker does at a time
 _CONNECT_SECONDS = 10
 
 Report = Callable[[Point], object]
+PointsJournal = Journal[tuple[Setting, str], Point]
 
 
-class SweepError(EnergyModelError):
-    """A sweep could not end; says what is kept."""
+def points_journal(path: Path, workload: Workload) -> PointsJournal:
+    """The journal of a sweep; SweepError as in `Journal`."""
 
+    def read(value: Any) -> tuple[tuple[Setting, str], Point]:
+        point = Point.from_dict(value)
+        return (point.setting, point.mode), point
 
-class Journal:
-    """Points done so far, in a file.
-
-    Parameters
-    ----------
-    path : Path
-    fingerprint : str
-        Of everything but the settings; a journal of another trace or version is refused.
-
-    Raises
-    ------
-    SweepError
-        If the file belongs to another sweep, is no journal, or cannot be written.
-    """
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path = path
-        self.points: dict[tuple[Setting, str], Point] = {}
-        head = json.dumps({"energymodel": __version__, "fingerprint": fingerprint}) + "\n"
-        try:
-            kept = self._read(head) if path.exists() else ""
-            # a line that was cut off is dropped
-            if not kept:
-                path.write_text(head, encoding="utf-8")
-            self._file = path.open("r+b", buffering=0)
-            self._file.truncate(len((kept or head).encode()))
-            self._file.seek(0, 2)
-        except OSError as error:
-            raise SweepError(f"{path}: cannot be written ({error.strerror})") from error
-
-    def _read(self, head: str) -> str:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        if not lines or not lines[0].endswith("\n"):
-            return ""
-        if lines[0] != head:
-            raise SweepError(
-                f"{self.path} holds points of another trace, price list or version of energymodel; "
-                "delete it, or choose another --output"
-            )
-        kept = [head]
-        for line in lines[1:]:
-            try:
-                point = Point.from_dict(json.loads(line))
-            except (ValueError, TypeError, KeyError):
-                break
-            if not line.endswith("\n"):
-                break
-            self.points[point.setting, point.mode] = point
-            kept.append(line)
-        return "".join(kept)
-
-    def add(self, point: Point) -> None:
-        """Keep a point; SweepError if the disk is full."""
-        try:
-            data = (json.dumps(point.to_dict()) + "\n").encode()
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            raise SweepError(
-                f"{self.path}: cannot be written ({error.strerror}); {len(self.points)} points are "
-                "kept there, run the same command again to go on"
-            ) from error
-        self.points[point.setting, point.mode] = point
-
-    def close(self, *, delete: bool = False) -> None:
-        """Close the file; delete it once the results are elsewhere."""
-        self._file.close()
-        if delete:
-            self.path.unlink(missing_ok=True)
+    return Journal(
+        path,
+        fingerprint(workload),
+        what="points",
+        read=read,
+        write=lambda _, point: point.to_dict(),
+    )
 
 
 def fingerprint(workload: Workload) -> str:
@@ -128,7 +67,7 @@ def run_sweep(
     backend: str = "loky",
     scheduler: str | None = None,
     jobs: int = -1,
-    journal: Journal | None = None,
+    journal: PointsJournal | None = None,
     report: Report = lambda point: None,
 ) -> list[Point]:
     """Evaluate settings.
@@ -153,7 +92,7 @@ def run_sweep(
     """
     done: dict[Setting, Point] = {}
     if journal is not None:
-        for (setting, kept_mode), point in journal.points.items():
+        for (setting, kept_mode), point in journal.kept.items():
             if kept_mode == mode or only_exact(setting):
                 done[setting] = point
     wanted = [setting for setting in dict.fromkeys(settings) if setting not in done]
@@ -167,7 +106,7 @@ def run_sweep(
         for point in points:
             done[point.setting] = point
             if journal is not None:
-                journal.add(point)
+                journal.add((point.setting, point.mode), point)
             report(point)
     return [done[setting] for setting in settings]
 

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from energymodel.errors import EnergyModelError
+
+if TYPE_CHECKING:
+    from energymodel.journal import Journal
 
 
 @contextmanager
@@ -28,6 +32,27 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def kept_until_done(journal: Journal[Any, Any] | None) -> Iterator[None]:
+    """Close a journal after the work: deleted if all went well; on Ctrl-C, say what it keeps."""
+    completed = False
+    try:
+        yield
+        completed = True
+    except KeyboardInterrupt:
+        if journal is None:
+            raise
+        typer.echo(
+            f"interrupted: {len(journal.kept)} {journal.what} are kept in {journal.path}; run the "
+            "same command again to go on",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    finally:
+        if journal is not None:
+            journal.close(delete=completed)
 
 
 def in_color(output: Path | None = None) -> bool:

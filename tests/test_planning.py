@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from math import ceil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ from typer.testing import CliRunner
 from energymodel.cli import app
 from energymodel.errors import ConfigurationError
 from energymodel.fleet_plan import Plan, _turns, make_plan
+from energymodel.journal import SweepError
 from energymodel.pareto import Targets
 from energymodel.plan_candidates import (
     Demand,
@@ -22,6 +29,7 @@ from energymodel.plan_candidates import (
     part_of,
     part_workload,
     search,
+    search_journal,
     spare_replicas,
 )
 from energymodel.plan_scaling import ScaledPool, scale
@@ -281,6 +289,45 @@ def test_senseless_stocks_and_margins_are_refused(conv: Demand) -> None:
         plan([conv], {"a100": 1}, margin=1.0)
 
 
+def test_a_plan_goes_on_where_it_was_interrupted(
+    conv: Demand, code: Demand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = {"a100": 4, "h100": 4}
+    whole = plan([conv, code], stock, margin=0.2)
+    path = tmp_path / "searches.jsonl"
+    done: list[object] = []
+
+    def interrupt(found: object) -> None:
+        done.append(found)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    journal = search_journal(path, [conv, code], TARGETS, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        plan([conv, code], stock, margin=0.2, journal=journal, report=interrupt)
+    journal.close()
+    again = search_journal(path, [conv, code], TARGETS, 0.2)
+    assert list(again.kept.values()) == done
+    fresh = []
+
+    def counted(task: Search, *rest: Any) -> Any:
+        fresh.append(task)
+        return search(task, *rest)
+
+    monkeypatch.setattr("energymodel.fleet_plan.search", counted)
+    assert plan([conv, code], stock, margin=0.2, journal=again) == whole
+    assert len(fresh) == len(again.kept) - 5
+    assert not {found[0].search for found in done} & set(fresh)  # type: ignore[index]
+    again.close()
+    for demands, targets, margin in (
+        ([code, conv], TARGETS, 0.2),
+        ([conv, code], Targets(ttft_seconds=2.0), 0.2),
+        ([conv, code], TARGETS, 0.0),
+    ):
+        with pytest.raises(SweepError, match="holds searches of another trace, other options"):
+            search_journal(path, demands, targets, margin)
+
+
 # --- replicas by time of day
 
 
@@ -401,3 +448,27 @@ def test_bad_options_are_refused_with_one_message(options: tuple[str, ...], mess
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_ctrl_c_keeps_the_searches_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    journal = tmp_path / "plan.json.searches.jsonl"
+    command = [sys.executable, "-m", "energymodel", "plan", "--trace", "azure_conv"]
+    command += ["--stock", "h100=8,a100=8", "--ttft", "1", "--tpot", "0.05", "--format", "json"]
+    command += ["--backend", "sequential", "--output", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (
+        not journal.exists() or journal.read_text().count("\n") < 3
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"searches are kept in {journal}" in message
+    assert "Traceback" not in message
+    assert not path.exists()
+    assert journal.read_text().count("\n") >= 3
+    assert subprocess.run(command, check=False).returncode == 0
+    assert json.loads(path.read_text())["feasible"]
+    assert not journal.exists()

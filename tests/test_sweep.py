@@ -24,13 +24,14 @@ from energymodel import sweep_run
 from energymodel.cli import app
 from energymodel.errors import ConfigurationError
 from energymodel.fleet import Fleet
+from energymodel.journal import SweepError
 from energymodel.pareto import Targets, compare, pareto_front, ranking
 from energymodel.prices import load_prices
 from energymodel.replicas import serve_on_replicas
 from energymodel.settings import Setting, grid_of
 from energymodel.steady_state import estimate, summarise
 from energymodel.sweep import Workload, deployment_of, evaluate
-from energymodel.sweep_run import Journal, SweepError, fingerprint, run_sweep
+from energymodel.sweep_run import points_journal, run_sweep
 from energymodel.traces import Requests, read_batches, read_trace
 from energymodel.workloads import load_requests
 
@@ -259,7 +260,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(conv: Workload, tmp_path: Path
         if len(done) == 3:
             raise KeyboardInterrupt
 
-    journal = Journal(path, fingerprint(conv))
+    journal = points_journal(path, conv)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(
             SETTINGS, conv, mode="exact", backend="sequential", journal=journal, report=interrupt
@@ -267,8 +268,8 @@ def test_a_sweep_goes_on_where_it_was_interrupted(conv: Workload, tmp_path: Path
     journal.close()
     with path.open("a") as file:
         file.write('{"setting": {"gpu": "a1')  # the line that was being written
-    again = Journal(path, fingerprint(conv))
-    assert len(again.points) == 3
+    again = points_journal(path, conv)
+    assert len(again.kept) == 3
     fresh: list[object] = []
     points = run_sweep(SETTINGS, conv, mode="exact", backend="sequential", journal=again)
     again.close()
@@ -276,21 +277,21 @@ def test_a_sweep_goes_on_where_it_was_interrupted(conv: Workload, tmp_path: Path
         SETTINGS, conv, mode="exact", backend="sequential", report=fresh.append
     )
     assert len(fresh) == len(SETTINGS)
-    last = Journal(path, fingerprint(conv))
-    assert len(last.points) == len(SETTINGS)
+    last = points_journal(path, conv)
+    assert len(last.kept) == len(SETTINGS)
     last.close(delete=True)
     assert not path.exists()
 
 
 def test_a_journal_of_another_trace_is_refused(conv: Workload, tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
-    Journal(path, fingerprint(conv)).close()
+    points_journal(path, conv).close()
     other = replace(conv, prices={"a100": 1.0})
     with pytest.raises(SweepError, match="another trace"):
-        Journal(path, fingerprint(other))
+        points_journal(path, other)
     path.write_text("not a journal\n")
     with pytest.raises(SweepError, match="another"):
-        Journal(path, fingerprint(conv))
+        points_journal(path, conv)
 
 
 def _die_once(marker: Path, task: tuple[list[Setting], str], trace: Workload) -> list[object]:
