@@ -41,7 +41,7 @@ DRAFT_PAIRS = (
 )
 """GPU that holds both, target and draft: the paper's two pairs (the first is the main one)."""
 ACCEPTANCE, ACCEPTANCES = 0.7, (0.5, 0.6, 0.7, 0.8, 0.9)
-"""Assumed, since the paper states none: a draft of the same family, accepted more often than not."""
+"""Assumed, as the paper states none: a draft of the same family, accepted more often than not."""
 SPECULATION_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SMALL_BATCH = 16
 
