@@ -18,7 +18,11 @@ from energymodel.plot_style import (
     MARKERS,
     MUTED,
     NARROW_INCHES,
+    RED,
+    above,
+    beside,
     figure_function,
+    grid_only,
     hover,
     new_figure,
     unit_ticks,
@@ -230,6 +234,69 @@ def predicted_against_measured(
 
 
 @figure_function
+def errors_and_coverage(
+    names: Sequence[str],
+    median: ArrayLike,
+    p90: ArrayLike,
+    naive_median: ArrayLike,
+    coverage: ArrayLike,
+    *,
+    level: float = 0.9,
+    width_inches: float = _WIDTH,
+) -> Figure:
+    """Size of errors by group, and how often the interval holds what was measured.
+
+    Parameters
+    ----------
+    names : (n,) groups
+    median, p90 : (n,) of the absolute relative error [-]
+    naive_median : (n,) median absolute error of the usual estimate [-]
+    coverage : (n,) share of measurements within the interval [-]
+    level : share that is meant to be [-]
+
+    NaN where a group has no such figure.
+    """
+    narrow = width_inches < NARROW_INCHES
+    height = 0.9 + 0.4 * len(names)
+    figure = new_figure(width_inches, (2.0 if narrow else 1.0) * height)
+    left, right = figure.subplots(2, 1) if narrow else figure.subplots(1, 2, width_ratios=[3, 2])
+    found = {
+        "median": (100.0 * np.asarray(median, float), BLUE, "o"),
+        "p90": (100.0 * np.asarray(p90, float), BLUE, "^"),
+        "FLOPs x TDP / peak, median": (100.0 * np.asarray(naive_median, float), GREY, "D"),
+    }
+    covered = 100.0 * np.asarray(coverage, float)
+    for row, name in enumerate(names):
+        for statistic, (values, color, marker) in found.items():
+            if np.isfinite(values[row]):
+                point = left.scatter(values[row], row, color=color, marker=marker, s=30, zorder=3)
+                hover(point, f"{name}: {statistic} |error| {values[row]:.1f} %")
+        ends = [found["median"][0][row], found["p90"][0][row]]
+        left.plot(ends, [row, row], color=BLUE, lw=2.5, alpha=0.5)
+        if np.isfinite(covered[row]):
+            (bar,) = right.barh(row, covered[row], height=0.4, color=BLUE)
+            hover(bar, f"{name}: {covered[row]:.0f} % of measured energies are in the interval")
+            beside(right, f"{covered[row]:.0f} %", covered[row], row)
+        for axes in (left, right):
+            above(axes, name, row - 0.24)
+    for statistic, (_, color, marker) in found.items():
+        left.scatter([], [], color=color, marker=marker, s=30, label=statistic)
+    for axes in (left, right):
+        axes.set_yticks([])
+        axes.set_ylim(len(names) - 0.5, -0.8)
+        grid_only(axes, "x")
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set(xlabel="|error| of the energy [%]")
+    right.axvline(100.0 * level, color=INK, lw=1.0, ls="--")
+    right.set_xlim(0.0, 118.0)
+    right.set_xticks([0, 25, 50, 75, 100])
+    right.set(xlabel=f"measured energy in the {level:.0%} interval [%]")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+@figure_function
 def pareto(
     joules_per_request: ArrayLike,
     seconds: ArrayLike,
@@ -237,6 +304,8 @@ def pareto(
     on_front: ArrayLike,
     *,
     latency: str = "TTFT p99",
+    marks: Sequence[str] | None = None,
+    target_seconds: float | None = None,
     width_inches: float = _WIDTH,
 ) -> Figure:
     """Energy against latency of many settings; those that nothing beats are joined and named.
@@ -248,6 +317,8 @@ def pareto(
     labels : (n,) what each point is
     on_front : (n,) boolean, as from `pareto.pareto_front` of the two columns
     latency : name of the latency, for the axis
+    marks : (n,) names to write beside the front's points where labels are long
+    target_seconds : most latency wanted [s], drawn as a line
     """
     joules, times = np.asarray(joules_per_request, float), np.asarray(seconds, float)
     front = np.asarray(on_front, bool)
@@ -256,6 +327,7 @@ def pareto(
     axes.set(xscale="log", yscale="log")
     order = np.flatnonzero(front)[np.argsort(times[front])]
     axes.plot(times[order], joules[order], color=BLUE, lw=1.0, alpha=0.6)
+    named: dict[tuple[str, str], list[int]] = {}
     for i, label in enumerate(labels):
         point = axes.scatter(
             times[i],
@@ -268,9 +340,14 @@ def pareto(
         text = f"{joules_text(joules[i])} a request, {latency} {seconds_text(times[i])}"
         hover(point, f"{label}: {text}")
         if front[i]:
-            axes.annotate(
-                label, (times[i], joules[i]), (4, 4), textcoords="offset points", fontsize=7.5
-            )
+            named.setdefault((f"{times[i]:.2g}", f"{joules[i]:.2g}"), []).append(i)
+    for same in named.values():  # points on top of each other share a name
+        mark = ", ".join((labels if marks is None else marks)[i] for i in same)
+        at = (times[same[0]], joules[same[0]])
+        axes.annotate(mark, at, (4, 4), textcoords="offset points", fontsize=7.5)
+    if target_seconds is not None:
+        line = axes.axvline(target_seconds, color=RED, lw=1.2)
+        hover(line, f"target: {latency} at most {seconds_text(target_seconds)}")
     axes.set(xlabel=f"{latency} [s]", ylabel="energy per request [J]")
     unit_ticks(axes, "x", "s")
     unit_ticks(axes, "y", "J")

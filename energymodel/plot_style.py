@@ -106,14 +106,19 @@ def hover(artist: Artist, text: str) -> None:
 def unit_ticks(axes: Axes, which: str, unit: str) -> None:
     """Ticks of one axis (`x` or `y`) with a prefix and the unit: 200 kJ.
 
-    On a logarithmic axis as it is now: 1, 2 and 5 of every decade where there are few.
+    On a logarithmic axis as it is now: 1, 2 and 5 of every decade where there are few, and even
+    steps where there is not one.
     """
-    from matplotlib.ticker import EngFormatter, LogLocator  # noqa: PLC0415
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator  # noqa: PLC0415
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500.0 * low else (1.0,)))
+        if high < 6.0 * low:
+            axis.set_major_locator(MaxNLocator(5))
+        else:
+            subs = (1.0, 2.0, 5.0) if high < 500.0 * low else (1.0,)
+            axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_locator(LogLocator(subs=()))
     axis.set_major_formatter(EngFormatter(unit=unit))
 
@@ -125,3 +130,21 @@ def grid_only(axes: Axes, which: str) -> None:
         axes.xaxis.grid(visible=True)
     elif which == "y":
         axes.yaxis.grid(visible=True)
+
+
+def beside(axes: Axes, text: str, x: float, row: float) -> None:
+    """A short text to the right of the end of a row's bar."""
+    axes.annotate(text, (x, row), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+
+
+def above(axes: Axes, text: str, row: float) -> None:
+    """A row's name at the left edge, above what the row shows: long names take no width."""
+    axes.annotate(
+        text,
+        (0.0, row),
+        (2, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="bottom",
+        fontsize=8.0,
+    )

@@ -9,17 +9,24 @@ look alike (`plot_style.py`), and the HTML report shows the same figures.
 >>> figure = plots.energy_breakdown(result)
 >>> figure.savefig("breakdown.png")  # doctest: +SKIP
 
-Those of one prediction are in `prediction_plots.py`, those that compare in `comparison_plots.py`.
+Those of one prediction are in `prediction_plots.py`, those that compare in `comparison_plots.py`,
+those of settings and fleets in `fleet_plots.py`.
 """
 
 from energymodel.comparison_plots import (
     BatchCurve,
     MeasuredPoint,
+    errors_and_coverage,
     graph_against_eager,
     joules_per_token_over_batch,
     moe_against_dense,
     pareto,
     predicted_against_measured,
+)
+from energymodel.fleet_plots import (
+    energy_by_component,
+    latency_against_targets,
+    replicas_over_time,
 )
 from energymodel.prediction_plots import (
     bin_heatmap,
@@ -35,13 +42,17 @@ __all__ = [
     "MeasuredPoint",
     "bin_heatmap",
     "energy_breakdown",
+    "energy_by_component",
+    "errors_and_coverage",
     "graph_against_eager",
     "joules_per_token_over_batch",
     "latency",
+    "latency_against_targets",
     "moe_against_dense",
     "naive_gap",
     "pareto",
     "power_over_time",
     "predicted_against_measured",
+    "replicas_over_time",
     "roofline",
 ]

@@ -46,6 +46,31 @@ AXES = tuple(f.name for f in fields(Setting))
 """Names over which a grid can span."""
 
 
+SHORT_NAMES: Mapping[str, str] = {
+    "tensor_parallel": "TP",
+    "pipeline_parallel": "PP",
+    "max_batch": "batch",
+    "max_step_tokens": "step tokens",
+    "power_limit_watts": "limit W",
+    "arrival_scale": "load x",
+    "kv_dtype": "KV",
+    "prefix_hit": "cached",
+    "prefill_replicas": "prefill",
+    "pue": "PUE",
+}
+"""Axes in tables and figures; the others have their own name."""
+_SAY_IT_ALONE = ("gpu", "model", "stack", "dtype")
+
+
+def in_words(setting: Setting, axes: Sequence[str]) -> str:
+    """The values of some axes: `h100, TP 2, batch 64`; what is left to its default is left out."""
+    return ", ".join(
+        str(value) if name in _SAY_IT_ALONE else f"{SHORT_NAMES.get(name, name)} {value}"
+        for name in axes
+        if (value := getattr(setting, name)) is not None
+    )
+
+
 def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[Setting]:
     """Every combination of the values given by axis, the last axis changing fastest.
 

@@ -89,6 +89,10 @@ def whatif(
         Path | None,
         typer.Option(help="Write there; points are kept beside it until all are done."),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Also write a web page with charts to this .html file."),
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="loky (processes), threading, sequential or dask.")
     ] = "loky",
@@ -107,6 +111,10 @@ def whatif(
         check_writable(output)
         if format is SweepFormat.parquet and output is None:
             raise ConfigurationError("--format parquet needs --output FILE")
+        if report is not None:
+            from energymodel.html_report import check_report_file  # noqa: PLC0415
+
+            check_report_file(report, output, trace, calibration)
         from energymodel.journal import journal_path  # noqa: PLC0415
         from energymodel.pareto import Targets  # noqa: PLC0415
         from energymodel.settings import check_names, grid_of  # noqa: PLC0415
@@ -176,6 +184,11 @@ def whatif(
                 jobs=jobs,
             )
             _print_points(points, objective, targets, comparison, top, format, output)
+            if report is not None:
+                from energymodel.sweep_page import sweep_page  # noqa: PLC0415
+
+                page = sweep_page(points, objective, targets, comparison, workload, top=top)
+                write_text(page, report)
 
 
 def _sweep(

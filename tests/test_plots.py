@@ -66,6 +66,23 @@ COMPARING: dict[str, Draw] = {
     "moe_against_dense": lambda **o: plots.moe_against_dense(GRAPH, EAGER, **o),
     "predicted_against_measured": lambda **o: plots.predicted_against_measured(POINTS, **o),
     "pareto": lambda **o: plots.pareto([1.0, 2.0], [3.0, 1.0], ["a", "b"], [True, True], **o),
+    "energy_by_component": lambda **o: plots.energy_by_component(
+        ["a", "b"], [{"base": 2.0, "hbm": 3.0}, {"base": 1.0, "link": 0.5, "idle": 0.0}], **o
+    ),
+    "latency_against_targets": lambda **o: plots.latency_against_targets(
+        {
+            "chat": {"ttft_seconds": {"p50": 0.1, "p99": 0.4}, "tpot_seconds": {"p99": 0.02}},
+            "one token": {"ttft_seconds": {"p50": 0.1, "p99": 0.4}, "tpot_seconds": {}},
+        },
+        ttft_seconds=1.0,
+        **o,
+    ),
+    "replicas_over_time": lambda **o: plots.replicas_over_time(
+        ["chat", "code"], [[1, 3, 2], [0, 1, 1]], 1800.0, **o
+    ),
+    "errors_and_coverage": lambda **o: plots.errors_and_coverage(
+        ["lab 1", "lab 2"], [0.05, 0.2], [0.1, 0.5], [0.7, np.nan], [0.95, np.nan], **o
+    ),
 }
 
 
@@ -96,7 +113,7 @@ def test_figures_say_their_units_and_look_alike(result: Prediction, width: float
                 ticks = [tick.get_text() for tick in axis.get_ticklabels()]
                 numbers = [tick for tick in ticks if re.match(r"[\d$−]", tick)]  # noqa: RUF001
                 with_units = [tick for tick in numbers if re.search(r"[A-Za-z]$", tick)]
-                counted = "sequences" in label or "tokens" in label
+                counted = re.search("sequences|tokens|replicas", label)
                 assert not numbers or "[" in label or with_units or counted, (name, ticks, label)
             assert not axes.spines["top"].get_visible(), name
             sizes = {tick.get_fontsize() for tick in axes.get_xticklabels() if tick.get_text()}
@@ -188,6 +205,41 @@ def test_front_is_joined_in_order_of_latency() -> None:
         [3.0, 1.0, 5.0, 2.0], [1.0, 9.0, 8.0, 4.0], list("abcd"), [True, True, False, True]
     )
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), [[1, 3], [4, 2], [9, 1]])
+
+
+def test_points_on_top_of_each_other_share_their_name_and_the_target_is_a_line() -> None:
+    figure = plots.pareto(
+        [3.0, 3.0, 5.0],
+        [1.0, 1.0, 0.5],
+        ["long a", "long b", "long c"],
+        [True] * 3,
+        marks=["1", "2", "3"],
+        target_seconds=2.0,
+    )
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1, 2", "3"]
+    assert "target: TTFT p99 at most 2.00 s" in hover_texts(figure)
+
+
+def test_bars_by_component_add_up_and_leave_out_what_is_not_there() -> None:
+    figure = COMPARING["energy_by_component"]()
+    ends = [p.get_x() + p.get_width() for p in figure.axes[0].patches if p.get_width()]
+    assert ends == [2.0, 5.0, 1.0, 1.5]
+    assert any("b: link 500 mJ, 33.3%" in text for text in hover_texts(figure))
+
+
+def test_replicas_of_every_period_can_be_pointed_at() -> None:
+    texts = hover_texts(COMPARING["replicas_over_time"]())
+    assert texts == [
+        "0 s to 30.0 min: chat: 1, code: 0",
+        "30.0 min to 60.0 min: chat: 3, code: 1",
+        "60.0 min to 90.0 min: chat: 2, code: 1",
+    ]
+
+
+def test_a_group_without_a_figure_has_no_bar() -> None:
+    texts = hover_texts(COMPARING["errors_and_coverage"]())
+    assert "lab 1: 95 % of measured energies are in the interval" in texts
+    assert not any("lab 2" in text and ("interval" in text or "FLOPs" in text) for text in texts)
 
 
 def test_a_validation_without_rows_is_drawn() -> None:
