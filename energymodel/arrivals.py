@@ -61,7 +61,7 @@ def checked_requests(requests: Requests) -> Requests:
     ------
     TraceError
         If the arrays differ in shape or are empty, a time is not finite, or a length is not a
-        whole number from 1 to `MAX_TOKENS`.
+        whole number from 1 to `MAX_TOKENS`, or a prompt has more cached tokens than it may.
     """
     name = requests.name
     arrival = np.asarray(requests.arrival_seconds, dtype=np.float64)
@@ -81,10 +81,16 @@ def checked_requests(requests: Requests) -> Requests:
         whole = np.issubdtype(lengths.dtype, np.integer) or np.all(lengths == np.floor(lengths))
         if not whole or lengths.min() < 1 or lengths.max() > MAX_TOKENS:
             raise TraceError(f"{name}: {field} must be whole numbers from 1 to {MAX_TOKENS}")
+    cached = requests.cached_tokens
+    if cached is not None:
+        cached = np.asarray(cached)
+        if cached.shape != inputs.shape or (cached < 0).any() or (cached >= inputs).any():
+            raise TraceError(f"{name}: cached_tokens must be from 0 to below input_tokens")
     order = np.argsort(arrival, kind="stable")
     return replace(
         requests,
         arrival_seconds=arrival[order] - arrival[order[0]],
         input_tokens=inputs[order].astype(np.int64),
         output_tokens=outputs[order].astype(np.int64),
+        cached_tokens=None if cached is None else cached[order].astype(np.int64),
     )

@@ -31,6 +31,7 @@ def assemble(
     *,
     replicas: int,
     arrivals: str,
+    prefix_hit: float | str,
     binning: str,
     excluded: Mapping[str, int],
     pue: float,
@@ -54,7 +55,7 @@ def assemble(
     components, operators = energy_parts(served)
     facility_kwh = energy * pue / JOULES_PER_KWH
     return Prediction(
-        inputs=_inputs(requests, deployment, replicas, arrivals, binning, seed)
+        inputs=_inputs(requests, deployment, replicas, arrivals, prefix_hit, binning, seed)
         | {
             "pue": pue,
             "grid_grams_per_kwh": None if grid is None else grid.grams_per_kwh,
@@ -129,10 +130,12 @@ def _inputs(
     deployment: Deployment,
     replicas: int,
     arrivals: str,
+    prefix_hit: float | str,
     binning: str,
     seed: int,
 ) -> dict[str, Any]:
     serving = deployment.serving
+    cached = requests.cached_tokens
     return {
         "trace": requests.name,
         "trace_format": requests.trace_format,
@@ -141,6 +144,8 @@ def _inputs(
         "model": deployment.model.name,
         "stack": serving.stack,
         "arrivals": arrivals,
+        "prefix_hit": prefix_hit,
+        "cached_input_tokens": 0 if cached is None else int(cached.sum()),
         "replicas": replicas,
         "tensor_parallel": serving.tensor_parallel,
         "pipeline_parallel": serving.pipeline_parallel,

@@ -99,6 +99,10 @@ def predict(
     arrivals: Annotated[
         str, typer.Option(help="trace, offline (all at time 0) or poisson:RATE in requests/s.")
     ] = "trace",
+    prefix_hit: Annotated[
+        str,
+        typer.Option(help="Share of prompt tokens in the prefix cache; trace = by its block ids."),
+    ] = "0",
     replicas: Annotated[
         str, typer.Option(help="Model instances, or auto for the fewest that keep up.")
     ] = "1",
@@ -176,6 +180,7 @@ def predict(
             model=model,
             stack=stack,
             arrivals=arrivals,
+            prefix_hit=prefix_hit,
             replicas=replicas,
             tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel,

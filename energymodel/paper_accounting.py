@@ -18,13 +18,13 @@ from energymodel.simulator import Simulation, simulate
 from energymodel.traces import Requests
 
 
-def check_paper_options(*, replicas: int | str, arrivals: str) -> None:
+def check_paper_options(*, replicas: int | str, arrivals: str, prefix_hit: float | str) -> None:
     """Refuse options that the accounting has no use for.
 
     Raises
     ------
     ConfigurationError
-        Unless `replicas` is 1 and `arrivals` is `trace` or `offline`.
+        Unless `replicas` is 1, `arrivals` is `trace` or `offline`, and `prefix_hit` is 0.
     """
     if str(replicas) != "1":
         raise ConfigurationError(
@@ -35,6 +35,11 @@ def check_paper_options(*, replicas: int | str, arrivals: str) -> None:
         raise ConfigurationError(
             f"--binning paper has no arrivals; leave out --arrivals {arrivals} or use --binning "
             "exact"
+        )
+    if prefix_hit != 0.0:
+        raise ConfigurationError(
+            f"--binning paper rounds prompts up and knows no prefix cache; leave out --prefix-hit "
+            f"{prefix_hit} or use --binning exact"
         )
 
 

@@ -16,12 +16,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.errors import ConfigurationError, TraceError
+from energymodel.specs import ServingConfig
 from energymodel.traces import Requests
 
 Ints = NDArray[np.int64]
 
 _BLOCK_TOKENS = 512  # of Mooncake's block ids (Qin et al. 2024, arXiv 2407.00079)
 _SEEN = "prefix_blocks_seen_before"
+
+
+def with_prefixes(requests: Requests, hit: float | str, serving: ServingConfig) -> Requests:
+    """The requests with what the prefix cache of an engine holds of them.
+
+    Parameters
+    ----------
+    requests : Requests
+    hit : share of every prompt, or `trace` for the `cached_tokens` that the requests carry
+    serving : ServingConfig
+
+    Raises
+    ------
+    ConfigurationError
+        If `hit` is neither, the requests carry none, or the engine has no prefix cache.
+    """
+    share = as_hit(hit)
+    if share != 0.0 and serving.stack == "transformers":
+        raise ConfigurationError("the transformers stack has no prefix cache; use --prefix-hit 0")
+    if share == "trace":
+        if requests.cached_tokens is None:
+            raise ConfigurationError("--prefix-hit trace: no block ids were read from the trace")
+        return requests
+    uncached = replace(requests, cached_tokens=None)
+    return with_given_share(uncached, float(share), block_tokens=serving.block_tokens)
+
+
+def as_hit(value: float | str) -> float | str:
+    """A share of the prompts' tokens, or `trace`; ConfigurationError for anything else."""
+    if value == "trace":
+        return "trace"
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigurationError(
+            f"--prefix-hit {value} is neither a share of the prompts' tokens nor trace"
+        ) from None
 
 
 def with_given_share(requests: Requests, share: float, *, block_tokens: int) -> Requests:
@@ -55,6 +93,11 @@ def with_traced_prefixes(requests: Requests, path: str) -> Requests:
     TraceError
         If the file has neither, or its rows are not those of the requests.
     """
+    if not Path(path).is_file():
+        raise TraceError(
+            f"{path}: is no file whose block ids can be read; --prefix-hit trace needs Mooncake's "
+            "file. Give a share instead, e.g. --prefix-hit 0.3"
+        )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -269,6 +269,9 @@ def setup_text(p: Prediction) -> str:
     parts.append(f"batch up to {i['max_batch']}")
     if i["stack"] != "transformers":
         parts.append(f"{i['max_step_tokens']} tokens a step")
+    if i["cached_input_tokens"]:
+        share = share_text(i["cached_input_tokens"] / p.input_tokens)
+        parts.append(f"prefix cache holds {share} of the input tokens")
     return ", ".join(parts)
 
 

@@ -28,7 +28,7 @@ from energymodel.errors import (
 from energymodel.fleet import Fleet, LatencyHistogram
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
-from energymodel.prefix import cached_share, with_given_share
+from energymodel.prefix import cached_share, with_prefixes
 from energymodel.replicas import serve_on_replicas
 from energymodel.settings import Setting, deployment_key, only_exact
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
@@ -166,8 +166,6 @@ def _check_site(setting: Setting) -> None:
             "--prefill-replicas needs a number of --replicas, those that decode; auto is for "
             "replicas that do both"
         )
-    if setting.stack == "transformers" and setting.prefix_hit != 0.0:
-        raise ConfigurationError("the transformers stack has no prefix cache; use --prefix-hit 0")
 
 
 @lru_cache(maxsize=64)
@@ -287,7 +285,7 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
     if workload.requests is None:
         raise ConfigurationError("the trace is too long to be held at once")
     deployment = deployment_of(setting, workload)
-    requests = _with_prefixes(workload.requests, setting, deployment)
+    requests = with_prefixes(workload.requests, setting.prefix_hit, deployment.serving)
     requests = replace(requests, arrival_seconds=requests.arrival_seconds / setting.arrival_scale)
     _check_lengths(workload, deployment)
     if setting.prefill_replicas:
@@ -314,18 +312,6 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
         components=energy_parts(served)[0],
     )
     return point, ttft, tpot
-
-
-def _with_prefixes(requests: Requests, setting: Setting, deployment: Deployment) -> Requests:
-    """The requests with what the prefix cache holds of them under a setting."""
-    if setting.prefix_hit == "trace":
-        if requests.cached_tokens is None:
-            raise ConfigurationError("--prefix-hit trace: no block ids were read from the trace")
-        return requests
-    uncached = replace(requests, cached_tokens=None)
-    return with_given_share(
-        uncached, float(setting.prefix_hit), block_tokens=deployment.serving.block_tokens
-    )
 
 
 def _check_lengths(workload: Workload, deployment: Deployment) -> None:

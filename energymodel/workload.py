@@ -24,6 +24,7 @@ from energymodel.paper_accounting import (
     rounding_warnings,
     serve_in_batches,
 )
+from energymodel.prefix import as_hit, with_prefixes, with_traced_prefixes
 from energymodel.prices import load_electricity_price
 from energymodel.replicas import bearable_seconds, serve_on_replicas
 from energymodel.results import Prediction
@@ -49,6 +50,7 @@ def predict(
     model: str | ModelSpec = DEFAULT_MODEL,
     stack: str = DEFAULT_STACK,
     arrivals: str = "trace",
+    prefix_hit: float | str = 0.0,
     replicas: int | str = 1,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -83,6 +85,9 @@ def predict(
         `vllm`, `vllm-eager` (no CUDA graphs) or `transformers` (static batches).
     arrivals : str
         `trace`, `offline` (all requests at time 0) or `poisson:RATE` [requests/s].
+    prefix_hit : float or str
+        Share of every prompt that is in the prefix cache [-], from 0 to below 1; or `trace`, as a
+        Mooncake trace's block ids say, or the `cached_tokens` of requests already read.
     replicas : int or str
         Copies of the model, to which requests go round robin; `auto` finds the fewest that keep up.
     tensor_parallel, pipeline_parallel : int
@@ -131,6 +136,7 @@ def predict(
     True
     """
     _check_options(binning, pue, seed)
+    prefix_hit = as_hit(prefix_hit)
     intensity = None if grid is None else load_grid_intensity(str(grid))
     electricity = (
         None if electricity_price is None else load_electricity_price(str(electricity_price))
@@ -150,14 +156,17 @@ def predict(
     )
     if isinstance(trace, str):
         requests = load_requests(trace, trace_format=trace_format, strict=strict, seed=seed)
+        if prefix_hit == "trace":
+            requests = with_traced_prefixes(requests, trace)
     else:
         requests = checked_requests(trace)
+    requests = with_prefixes(requests, prefix_hit, deployment.serving)
     warnings = [explain_dropped(rows) for rows in requests.dropped]
     warnings += setup_warnings(deployment)
 
     excluded: dict[str, int] = {}
     if binning == "paper":
-        check_paper_options(replicas=replicas, arrivals=arrivals)
+        check_paper_options(replicas=replicas, arrivals=arrivals, prefix_hit=prefix_hit)
         rounded, excluded = round_up_lengths(requests)
         warnings += rounding_warnings(requests, rounded, excluded)
         _check_lengths(rounded, deployment)
@@ -174,6 +183,7 @@ def predict(
         deployment,
         replicas=replicas_used,
         arrivals=arrivals,
+        prefix_hit=prefix_hit,
         binning=binning,
         excluded=excluded,
         pue=pue,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 from energymodel.cli import app
 from energymodel.errors import ConfigurationError, TraceError
 from energymodel.prefix import cached_share, with_given_share, with_traced_prefixes
+from energymodel.report import render
 from energymodel.settings import Setting
 from energymodel.steady_state import summarise
 from energymodel.sweep import Workload, evaluate
-from energymodel.traces import read_trace
+from energymodel.traces import Requests, read_trace
+from energymodel.workload import predict
 from energymodel.workloads import load_requests
 
 MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "traces" / "mooncake_conversation.csv"
@@ -64,7 +67,7 @@ def test_traces_without_block_ids_are_refused(tmp_path: Path) -> None:
     path.write_text(header + "0,10,1,0\n5,0,1,0\n")
     with pytest.raises(TraceError, match="cannot be matched"):
         with_traced_prefixes(read_trace(str(path)), str(path))
-    with pytest.raises(TraceError, match="cannot be read"):
+    with pytest.raises(TraceError, match="is no file"):
         with_traced_prefixes(read_trace(str(path)), str(tmp_path / "none"))
 
 
@@ -103,3 +106,94 @@ def test_the_command_takes_shares() -> None:
     result = CliRunner().invoke(app, [*options, "trace"])
     assert result.exit_code == 2
     assert "block ids" in result.output
+
+
+# -- predict
+
+
+def spaced(n: int = 40) -> Requests:
+    """Requests of which each is served alone, so that no step holds prefill and decode both."""
+    rng = np.random.default_rng(1)
+    return Requests(
+        name="spaced",
+        arrival_seconds=np.arange(n) * 60.0,
+        input_tokens=rng.integers(100, 3000, n),
+        output_tokens=rng.integers(1, 200, n),
+    )
+
+
+def test_more_hits_take_less_prefill_and_leave_decode_alone() -> None:
+    requests = spaced()
+    before = predict(requests, gpu="a100")
+    found = [predict(requests, gpu="a100", prefix_hit=share) for share in (0.0, 0.2, 0.5, 0.9)]
+    assert found[0] == before
+    prefill = [one.prefill_joules for one in found]
+    assert sorted(prefill, reverse=True) == prefill
+    assert prefill[-1] < 0.5 * prefill[0]
+    for one in found[1:]:
+        assert one.decode_joules == pytest.approx(before.decode_joules, rel=1e-9)
+        assert one.ttft_seconds.p50 < before.ttft_seconds.p50  # type: ignore[operator]
+        assert one.naive["flops_tdp_joules"] == before.naive["flops_tdp_joules"]
+    assert before.inputs["prefix_hit"] == 0.0
+    assert before.inputs["cached_input_tokens"] == 0
+    share = found[2].inputs["cached_input_tokens"] / found[2].input_tokens
+    assert 0.48 < share <= 0.5
+    assert "prefix cache" not in render(before, "table")
+    assert f"prefix cache holds {share:.1%}" in " ".join(render(found[2], "table").split())
+
+
+def test_what_requests_carry_counts_when_asked_for_and_is_checked() -> None:
+    requests = spaced()
+    half = replace(requests, cached_tokens=requests.input_tokens // 2)
+    assert predict(half, gpu="a100") == predict(requests, gpu="a100")
+    traced = predict(half, gpu="a100", prefix_hit="trace")
+    assert traced.inputs["prefix_hit"] == "trace"
+    assert traced.inputs["cached_input_tokens"] == (requests.input_tokens // 2).sum()
+    backwards = replace(
+        half,
+        arrival_seconds=half.arrival_seconds[::-1],
+        input_tokens=half.input_tokens,
+    )
+    again = predict(backwards, gpu="a100", prefix_hit="trace")
+    assert again.prefill_joules == pytest.approx(traced.prefill_joules, rel=1e-6)
+    for cached in (requests.input_tokens, -requests.input_tokens, np.array([1])):
+        with pytest.raises(TraceError, match="cached_tokens"):
+            predict(replace(requests, cached_tokens=cached), gpu="a100", prefix_hit="trace")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix_hit": "half"}, "neither a share"),
+        ({"prefix_hit": 1.0}, "from 0 to below 1"),
+        ({"prefix_hit": "nan"}, "from 0 to below 1"),
+        ({"prefix_hit": "trace"}, "no block ids"),
+        ({"prefix_hit": 0.5, "stack": "transformers"}, "no prefix cache"),
+        ({"prefix_hit": 0.5, "binning": "paper"}, "knows no prefix cache"),
+    ],
+)
+def test_senseless_shares_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        predict(spaced(), gpu="a100", **options)
+
+
+def test_predict_reads_block_ids(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [
+        {"timestamp": 1000 * i, "input_length": 1400, "output_length": 5, "hash_ids": blocks}
+        for i, blocks in enumerate([[1, 2, 3], [1, 2, 4], [5, 2, 3], [1, 2, 4]])
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    options = ["predict", "--gpu", "a100", "--format", "json", "--trace", str(path)]
+    found = json.loads(CliRunner().invoke(app, [*options, "--prefix-hit", "trace"]).output)
+    assert found["inputs"]["cached_input_tokens"] == 1024 + 1399
+    plain = json.loads(CliRunner().invoke(app, options).output)
+    assert plain["prefill_joules"] > found["prefill_joules"]
+    for other in ("azure_code", "-"):
+        result = CliRunner().invoke(
+            app,
+            ["predict", "--gpu", "a100", "--prefix-hit", "trace", "--trace", other],
+            input=path.read_text(),
+        )
+        assert result.exit_code == 2
+        assert "no file whose block ids can be read" in result.output

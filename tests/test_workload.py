@@ -524,7 +524,17 @@ numbers = st.one_of(st.integers(-3, 5000), st.integers(-(10**20), 10**20))
         {},
         optional={
             **dict.fromkeys(
-                ("stack", "arrivals", "dtype", "kv_dtype", "binning", "grid", "replicas"), texts
+                (
+                    "stack",
+                    "arrivals",
+                    "dtype",
+                    "kv_dtype",
+                    "binning",
+                    "grid",
+                    "replicas",
+                    "prefix_hit",
+                ),
+                texts,
             ),
             **dict.fromkeys(
                 (
