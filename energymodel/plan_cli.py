@@ -67,6 +67,9 @@ def plan(
         Path | None,
         typer.Option(help="Write there; searches are kept beside it until all is done."),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a web page with charts to this .html file.")
+    ] = None,
     backend: Annotated[
         str, typer.Option(help="loky (processes), threading, sequential or dask.")
     ] = "loky",
@@ -83,6 +86,10 @@ def plan(
     """Find the fleet of least energy, cost or carbon that serves traces within latency targets."""
     with user_errors():
         check_writable(output)
+        if report is not None:
+            from energymodel.html_report import check_report_file  # noqa: PLC0415
+
+            check_report_file(report, output, calibration, *trace.split(","))
         from energymodel import plan_report  # noqa: PLC0415
         from energymodel.fleet_plan import make_plan  # noqa: PLC0415
         from energymodel.journal import journal_path  # noqa: PLC0415
@@ -158,7 +165,7 @@ def plan(
         path = journal_path(output, "searches")
         journal = None if path is None else search_journal(path, demands, targets, margin)
         with kept_until_done(journal):
-            with progress(len(settings) * len(demands), "simulating candidates") as report:
+            with progress(len(settings) * len(demands), "simulating candidates") as done:
                 found = make_plan(
                     demands,
                     settings,
@@ -167,7 +174,7 @@ def plan(
                     objective=objective,
                     margin=margin,
                     journal=journal,
-                    report=report,
+                    report=done,
                     **where,
                 )
             scaling = None
@@ -196,6 +203,10 @@ def plan(
                 color = output is None and sys.stdout.isatty()
                 text = plan_report.as_tables(found, scaling, color=color)
             write_text(text, output)
+            if report is not None:
+                from energymodel.plan_page import plan_page  # noqa: PLC0415
+
+                write_text(plan_page(found, scaling, demands, there, margin=margin), report)
 
 
 def _stock(text: str) -> dict[str, int]:
