@@ -2,15 +2,19 @@
 
 Numba looks for changes in a function's own file only, and would go on with a compiled loop after a
 function that it calls, in another file, has changed. Here the folder of the cache is named after
-the content of all compiled files, so that any change compiles them all again.
+the content of all compiled files, so that any change compiles them all again. Folders of older
+content go when a new one is made and they were not used for a week.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,8 +25,9 @@ from numba import njit
 
 _FILES = ("compiled", "step_costs", "continuous_batching", "static_batching", "steady_state")
 
-
 _ROOM_BYTES = 64 << 20  # free space without which nothing is cached
+_UNUSED_SECONDS = 7 * 86_400.0  # after which a folder may go
+_FOLDER = re.compile(r"energymodel-[0-9a-f]{16}")
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -57,10 +62,35 @@ def cache_folder() -> str | None:
     for place in [Path(given), *places] if given else places:
         folder = place / name
         try:
+            is_new = not folder.is_dir()
             folder.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(folder).free
         except OSError:
             continue
         if os.access(folder, os.W_OK) and room > _ROOM_BYTES:
+            _mark_used(folder)
+            if is_new:
+                remove_unused(place, time.time() - _UNUSED_SECONDS)
             return str(folder)
     return None
+
+
+def _mark_used(folder: Path) -> None:
+    """Renew the folder's time, which reading its files leaves alone."""
+    with contextlib.suppress(OSError):  # of another user, who may write it too
+        os.utime(folder)
+
+
+def remove_unused(place: Path, before: float) -> None:
+    """Remove the folders of compiled loops in a place that were last used before a time [s].
+
+    Nothing else is touched: no link, no other name; what cannot be removed stays.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(place)):
+            if (
+                _FOLDER.fullmatch(entry.name)
+                and entry.is_dir(follow_symlinks=False)
+                and entry.stat(follow_symlinks=False).st_mtime < before
+            ):
+                shutil.rmtree(entry.path, ignore_errors=True)
