@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,22 @@ def standings(validation: Validation) -> list[Standing]:
         rows = [c for c in held_out if aim.belongs(c)]
         found.append(Standing(aim=aim, rows=len(rows), value=aim.value(rows)))
     return found
+
+
+def aims_as_data(validation: Validation) -> list[dict[str, Any]]:
+    """Every aim and where it stands in plain dicts, for JSON; fractions, None = not measured."""
+    return [
+        {
+            "rows": standing.aim.rows,
+            "statistic": standing.aim.statistic,
+            "n": standing.rows,
+            "low": standing.aim.low,
+            "high": standing.aim.high,
+            "value": standing.value,
+            "met": standing.met,
+        }
+        for standing in standings(validation)
+    ]
 
 
 def _statistic(quantity: str, name: str) -> Callable[[_Rows], float | None]:

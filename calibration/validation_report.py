@@ -29,10 +29,13 @@ from calibration.validate import (
     to_dict,
     validate,
 )
-from calibration.validation_aims import standings
+from calibration.validation_aims import aims_as_data, standings
+from calibration.validation_page import validation_page
 from calibration.validation_rows import OWN, Comparison, MeasuredRow, load_split, measured_watts
 from energymodel.errors import EnergyModelError
+from energymodel.html_report import check_report_file
 from energymodel.plots import MeasuredPoint, predicted_against_measured
+from energymodel.terminal import write_text
 
 PAGE, PLOT = "validation.md", "validation.png"
 
@@ -364,6 +367,15 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:+.1f}"
 
 
+# -- JSON -----------------------------------------------------------------------------
+
+
+def json_text(validation: Validation) -> str:
+    """Every row, the errors of groups of rows, and where the aims stand."""
+    document = {**to_dict(validation), "aims": aims_as_data(validation)}
+    return json.dumps(document, indent=2, allow_nan=False)
+
+
 # -- plot -----------------------------------------------------------------------------
 
 
@@ -375,7 +387,13 @@ def plot(validation: Validation, path: Path) -> None:
     EnergyModelError
         If matplotlib is not installed.
     """
-    points = [
+    figure = predicted_against_measured(measured_points(validation))
+    figure.savefig(path, metadata={"Software": None})
+
+
+def measured_points(validation: Validation) -> list[MeasuredPoint]:
+    """Rows with a measured energy, as figures take them."""
+    return [
         MeasuredPoint(
             source=c.row.source,
             kind=c.row.phase,
@@ -388,7 +406,6 @@ def plot(validation: Validation, path: Path) -> None:
         for c in validation.comparisons
         if c.row.joules_per_output_token is not None and c.joules_per_output_token is not None
     ]
-    predicted_against_measured(points).savefig(path, metadata={"Software": None})
 
 
 # -- the command ----------------------------------------------------------------------
@@ -406,15 +423,24 @@ def run(
 ) -> tuple[str, list[str]]:
     """Validate, write what was asked for, and return the text to print and failed checks.
 
+    `report` names a page if it ends in `.html`, and otherwise a folder, see `write_report`.
+
     Raises
     ------
     EnergyModelError
-        If measurements cannot be read, or nothing at all was found to compare.
+        If measurements cannot be read, nothing at all was found to compare, or the page that
+        `report` names cannot be written.
     """
+    page = report if report is not None and report.suffix.lower() == ".html" else None
+    if page is not None:
+        check_report_file(page)
     validation = validate(public=public, own=own or OWN_RUNS)
     if not validation.comparisons:
         raise EnergyModelError("nothing to validate with: " + "; ".join(validation.skipped))
-    if report is not None:
+    if page is not None:
+        points = measured_points(validation)
+        write_text(validation_page(validation, json_text(validation), points), page)
+    elif report is not None:
         more = [physics_section(validation, public), *saturated_sections(validation)]
         write_report(validation, report, more)
     failures: list[str] = []
@@ -424,6 +450,6 @@ def run(
     if record:
         record_levels(validation)
     if as_json:
-        return json.dumps(to_dict(validation), indent=2, allow_nan=False), failures
+        return json_text(validation), failures
     text = terminal_text(validation, color=color)
     return "\n".join([text, *notices]), failures

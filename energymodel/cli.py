@@ -298,7 +298,10 @@ def validate(
         Path | None, typer.Option(help="Folder of serving records.  [default: those that ship]")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write validation.md and .png into this folder.")
+        Path | None,
+        typer.Option(
+            help="Write a web page to this .html file, or validation.md and .png into this folder."
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Exit 1 if an error exceeds its recorded level.")

@@ -173,7 +173,8 @@ def predicted_against_measured(
 
     Hollow points were open to fits, filled ones are held out. Dotted lines: 20 % less, 25 % more.
     """
-    if width_inches < NARROW_INCHES:
+    narrow = width_inches < NARROW_INCHES
+    if narrow:
         figure = new_figure(width_inches, 7.5)
         left, right = figure.subplots(2, 1)
     else:
@@ -229,7 +230,8 @@ def predicted_against_measured(
             lw=0.8,
             label="hollow: open to fits",
         )
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
+    place = "outside upper left" if narrow else "outside right upper"
+    figure.legend(*left.get_legend_handles_labels(), loc=place, ncols=2 if narrow else 1)
     return figure
 
 

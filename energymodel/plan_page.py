@@ -12,8 +12,10 @@ from energymodel.plan_candidates import Demand
 from energymodel.plan_scaling import Scaling
 from energymodel.planning import Stock
 from energymodel.report import COMPONENTS
+from energymodel.settings import in_words
 from energymodel.sweep_page import basis, trace_warnings
 
+_SHOWN = ("gpu", "tensor_parallel", "dtype", "max_batch", "power_limit_watts")
 _NOT_NEEDED = {
     "off": "off",
     "cold": "on, without a process",
@@ -48,6 +50,7 @@ def plan_page(
         plan_report.as_json(plan, scaling),
         _charts(plan, scaling, names),
         names=names,
+        settings=[in_words(pool.point.setting, _SHOWN) for pool in plan.pools],
         demands=[
             {
                 "name": demand.name,
