@@ -30,6 +30,8 @@ class Setting:
     replicas: int | str = "auto"
     prefill_replicas: int = 0
     """Replicas for prompts alone, beside `replicas` that decode; 0 = each does both."""
+    prefill_gpu: str | None = None
+    """GPU of those replicas; None = `gpu`, as of those that decode."""
     max_batch: int = DEFAULT_MAX_BATCH
     max_step_tokens: int | None = None
     power_limit_watts: float | None = None
@@ -103,8 +105,9 @@ def check_names(settings: Sequence[Setting]) -> None:
     EnergyModelError
         If a GPU, model, stack, dtype or grid is unknown.
     """
-    for gpu in dict.fromkeys(setting.gpu for setting in settings):
-        load_gpu(gpu)
+    for gpu in dict.fromkeys(gpu for s in settings for gpu in (s.gpu, s.prefill_gpu)):
+        if gpu is not None:
+            load_gpu(gpu)
     for model in dict.fromkeys(setting.model for setting in settings):
         load_model(model)
     for grid in dict.fromkeys(setting.grid for setting in settings):
@@ -120,7 +123,16 @@ def check_names(settings: Sequence[Setting]) -> None:
 
 def deployment_key(setting: Setting) -> Setting:
     """The setting with load and site left out: equal keys share their cost tables."""
-    return replace(setting, replicas=1, arrival_scale=1.0, prefix_hit=0.0, pue=1.0, grid=None)
+    return replace(
+        setting,
+        replicas=1,
+        prefill_replicas=0,
+        prefill_gpu=None,
+        arrival_scale=1.0,
+        prefix_hit=0.0,
+        pue=1.0,
+        grid=None,
+    )
 
 
 def only_exact(setting: Setting) -> bool:

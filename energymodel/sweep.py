@@ -154,6 +154,11 @@ def deployment_of(setting: Setting, workload: Workload) -> Deployment:
     return _deployment(deployment_key(setting), workload.max_model_len, workload.calibration)
 
 
+def prefill_deployment(setting: Setting, workload: Workload) -> Deployment:
+    """What computes prompts, where replicas of their own do."""
+    return deployment_of(replace(setting, gpu=setting.prefill_gpu or setting.gpu), workload)
+
+
 def _check_site(setting: Setting) -> None:
     if not 1.0 <= setting.pue <= 10.0:
         raise ConfigurationError(f"--pue {setting.pue:g} is outside 1 to 10")
@@ -166,6 +171,8 @@ def _check_site(setting: Setting) -> None:
             "--prefill-replicas needs a number of --replicas, those that decode; auto is for "
             "replicas that do both"
         )
+    if setting.prefill_gpu is not None and not setting.prefill_replicas:
+        raise ConfigurationError("--prefill-gpu needs --prefill-replicas, how many of them")
 
 
 @lru_cache(maxsize=64)
@@ -290,8 +297,9 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
     _check_lengths(workload, deployment)
     if setting.prefill_replicas:
         count = _whole(setting.replicas)
-        prefill = setting.prefill_replicas
-        served = serve_disaggregated(requests, deployment, prefill, deployment, count)
+        prefill = prefill_deployment(setting, workload)
+        _check_lengths(workload, prefill)
+        served = serve_disaggregated(requests, prefill, setting.prefill_replicas, deployment, count)
     else:
         served, count = serve_on_replicas(requests, setting.replicas, deployment)
     several = requests.output_tokens > 1
@@ -385,9 +393,15 @@ def _point(
     components: Mapping[str, float],
 ) -> Point:
     energy = active + idle
-    interval = deployment.calibration.intervals[deployment.serving.stack]
-    gpus = (replicas + setting.prefill_replicas) * deployment.gpus_per_replica
-    price = workload.prices.get(deployment.gpu.name)
+    pools = [(deployment, replicas)]
+    if setting.prefill_replicas:
+        pools.append((prefill_deployment(setting, workload), setting.prefill_replicas))
+    # of pools on different GPUs the total lies within the wider interval of the two
+    intervals = [pool.calibration.intervals[pool.serving.stack] for pool, _ in pools]
+    boards = [(pool.gpu.name, count * pool.gpus_per_replica) for pool, count in pools]
+    usd = None
+    if all(gpu in workload.prices for gpu, _ in boards):
+        usd = sum(workload.prices[gpu] * count for gpu, count in boards) * wall / 3600.0
     carbon = None
     if setting.grid is not None:
         carbon = energy * setting.pue / JOULES_PER_KWH * _grams_per_kwh(setting.grid)
@@ -395,10 +409,10 @@ def _point(
         setting=setting,
         mode=mode,
         replicas=replicas,
-        gpus=gpus,
+        gpus=sum(count for _, count in boards),
         energy_joules=energy,
-        energy_joules_low=energy * interval.low,
-        energy_joules_high=energy * interval.high,
+        energy_joules_low=energy * min(interval.low for interval in intervals),
+        energy_joules_high=energy * max(interval.high for interval in intervals),
         active_joules=active,
         idle_joules=idle,
         joules_per_request=energy / workload.binned.total_requests,
@@ -407,8 +421,8 @@ def _point(
         average_watts=energy / wall,
         ttft_seconds=dict(ttft),
         tpot_seconds=dict(tpot),
-        usd=None if price is None else price * gpus * wall / 3600.0,
+        usd=usd,
         carbon_grams=carbon,
         by_component_joules=dict(components),
-        origin=deployment.calibration.origin,
+        origin=", ".join(dict.fromkeys(pool.calibration.origin for pool, _ in pools)),
     )

@@ -54,6 +54,9 @@ def whatif(
     prefill_replicas: Annotated[
         str, typer.Option(help="Replicas for prompts alone, beside --replicas that decode.")
     ] = "0",
+    prefill_gpu: Annotated[
+        str | None, typer.Option(help="GPUs of those.  [default: --gpu]")
+    ] = None,
     max_batch: Annotated[str, typer.Option(help="Sequences in flight.")] = "256",
     max_step_tokens: Annotated[
         str | None, typer.Option(help="Tokens a step.  [default: as vLLM]")
@@ -146,6 +149,7 @@ def whatif(
         }
         for name, text, kind in (
             ("kv_dtype", kv_dtype, str),
+            ("prefill_gpu", prefill_gpu, str),
             ("max_step_tokens", max_step_tokens, int),
             ("power_limit_watts", power_limit, float),
             ("grid", grid, str),

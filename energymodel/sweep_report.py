@@ -36,6 +36,7 @@ _SHORT = {
     "kv_dtype": "KV",
     "prefix_hit": "cached",
     "prefill_replicas": "prefill",
+    "prefill_gpu": "prefill GPU",
     "pue": "PUE",
 }
 

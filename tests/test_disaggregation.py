@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -106,3 +108,43 @@ def test_the_command_compares_pools(code: Workload) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "prefill" in result.output
+
+
+def test_prompts_may_have_gpus_of_another_type(code: Workload) -> None:
+    setting = Setting(gpu="a100", prefill_gpu="h100", prefill_replicas=2, replicas=3)
+    point = evaluate(setting, code, "binned")
+    assert point.served, point.reason
+    prefill, decode = (deployment_of(Setting(gpu=gpu), code) for gpu in ("h100", "a100"))
+    assert code.requests is not None
+    served = serve_disaggregated(code.requests, prefill, 2, decode, 3)
+    active = served.prefill_joules + served.decode_joules
+    assert point.active_joules == pytest.approx(active, rel=1e-12)
+    assert point.gpus == 5
+    intervals = [d.calibration.intervals["vllm"] for d in (prefill, decode)]
+    assert point.energy_joules is not None
+    assert point.energy_joules_low == point.energy_joules * min(i.low for i in intervals)
+    assert point.energy_joules_high == point.energy_joules * max(i.high for i in intervals)
+    assert point.wall_seconds is not None
+    assert point.usd is None
+    priced = replace(code, prices={"a100": 1.0, "h100": 3.0})
+    hours = point.wall_seconds / 3600.0
+    assert evaluate(setting, priced, "exact").usd == pytest.approx((2 * 3.0 + 3 * 1.0) * hours)
+    assert evaluate(setting, replace(code, prices={"a100": 1.0}), "exact").usd is None
+    same = replace(setting, prefill_gpu="a100")
+    assert (
+        evaluate(same, code, "exact").energy_joules
+        == evaluate(replace(same, prefill_gpu=None), code, "exact").energy_joules
+    )
+    alone = replace(setting, prefill_replicas=0)
+    assert "--prefill-replicas" in evaluate(alone, code, "exact").reason
+
+
+def test_the_command_takes_gpus_for_prompts() -> None:
+    options = ("whatif", "--trace", "azure_code", "--gpu", "a100", "--backend", "sequential")
+    options += ("--replicas", "2", "--prefill-replicas", "2", "--prefill-gpu")
+    result = CliRunner().invoke(app, [*options, "h100,a100"])
+    assert result.exit_code == 0, result.output
+    assert "2 best of 2" in result.output
+    result = CliRunner().invoke(app, [*options, "nonsuch"])
+    assert result.exit_code == 2
+    assert "nonsuch" in result.output
