@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs docs-output findings notebooks bench clean
+.PHONY: help demo test lint types docs docs-output findings notebooks bench bench-week clean
 
 help:
 	@echo 'make demo    energy of the built-in azure_code workload on an A100'
@@ -15,7 +15,7 @@ help:
 	@echo 'make docs    the documentation as a site, in build/site'
 	@echo 'make findings  findings of the paper beside ours, into docs/'
 	@echo 'make notebooks  run the notebooks and keep their outputs'
-	@echo 'make bench   time the commands in benchmarks/'
+	@echo 'make bench   speed and memory, in some minutes; bench-week: of 44 million requests'
 	@echo 'make clean   remove .venv and everything built'
 
 demo: .venv/.installed
@@ -49,7 +49,12 @@ notebooks: .venv/.installed-dev
 	$(BIN)/python tests/notebook_runs.py
 
 bench: .venv/.installed-dev
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for name in simulator growth commands estimate_error; do \
+	  echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# A week of fleet traffic, 44 million requests: needs 2 GB in the temporary folder.
+bench-week: .venv/.installed-dev
+	$(BIN)/python benchmarks/growth.py week
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,9 +1,10 @@
-"""Wall time of commands as a user runs them, start-up included.
+"""Wall and CPU time of commands as a user runs them, start-up included.
 
     python benchmarks/commands.py
 
 Targets: the Azure code trace in under 2 s and conv in under 4 s, exactly simulated; a what-if of
 1,000 settings over conv in under 60 s; a plan for conv and code from three GPU types in under 60 s.
+They are wall seconds on a machine with two free cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main() -> None:
     """Print a row for each command: best of three for short ones, once for long ones."""
     code, conv, mooncake = (measuring.trace(name) for name in ("code", "conv", "mooncake"))
     print(measuring.machine())
-    rows = [("command", "seconds", "target", "CPU s", "peak MB")]
+    rows = [("command", "wall s", "target", "CPU s", "peak MB")]
     predict = [*COMMAND, "predict", "--gpu", "a100", "--replicas", "auto", "--trace"]
     short = [
         ("--help", [*COMMAND, "--help"], 0.5),

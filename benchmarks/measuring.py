@@ -59,8 +59,11 @@ def python(code: str, *arguments: str) -> Measured:
 
 
 def machine() -> str:
-    """Cores and load, which timings depend on."""
-    return f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
+    """Cores and load, and which figures depend on them."""
+    return (
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; CPU seconds and "
+        "their ratios depend little on other work, wall seconds do"
+    )
 
 
 def show(rows: list[tuple[str, ...]]) -> None:
