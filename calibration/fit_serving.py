@@ -75,7 +75,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     _stack("request_host_seconds", "vllm", "vllm-eager", start=2e-4),
     _stack("start_gap_seconds", "vllm", "vllm-eager", start=1e-3),
     _stack("step_gap_seconds", "vllm", "vllm-eager", start=5e-5, prior=1.0),
-    _stack("launch_seconds", "vllm", start=1e-5, prior=1.0),
+    _stack("launch_seconds", "vllm", start=3e-5),
+    _stack("piecewise_kernels", "vllm", start=2.0, prior=1.0),
     _stack("launch_seconds", "vllm-eager", start=4e-5),
     _stack("launch_seconds", "transformers", start=1.8e-5, prior=0.05),
     _stack("start_gap_seconds", "transformers", start=5e-3, prior=1.0),
@@ -141,6 +142,8 @@ class Run:
     deployment: Deployment
     joules: float
     seconds: float
+    ttft_seconds: float | None = None
+    """Median over the requests; None where it says nothing that `seconds` does not."""
 
 
 def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
@@ -166,6 +169,7 @@ def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
                 deployment=deployments[key],
                 joules=joules * tokens,
                 seconds=row.seconds_per_output_token * tokens,
+                ttft_seconds=row.ttft_seconds if row.phase == "batch" else None,
             )
         )
     return runs
@@ -175,15 +179,15 @@ def simulated(
     runs: Sequence[Run],
     calibration: Calibration,
     tables: dict[int, CostTables] | None = None,
-) -> tuple[Array, Array]:
-    """Joules and seconds of the runs under a calibration; each (n,).
+) -> tuple[Array, Array, Array]:
+    """Joules, seconds and median TTFT of the runs under a calibration; each (n,).
 
     `tables` by deployment are reused where all but the stacks of the calibration is as when they
     were made.
     """
     tables = {} if tables is None else tables
     current: dict[int, CostTables] = {}
-    joules, seconds = np.empty(len(runs)), np.empty(len(runs))
+    joules, seconds, ttft = np.empty((3, len(runs)))
     for i, run in enumerate(runs):
         d = run.deployment
         if id(d) not in tables:
@@ -202,9 +206,10 @@ def simulated(
         assert result is not None
         totals = result.totals
         seconds[i] = totals["now"]
+        ttft[i] = np.median(result.first_token_seconds - requests.arrival_seconds)
         joules[i] = totals["prefill_joules"] + totals["decode_joules"]
         joules[i] += totals["idle_seconds"] * calibration.polling_idle_watts
-    return joules, seconds
+    return joules, seconds, ttft
 
 
 def window_seconds_and_watts(
@@ -217,7 +222,7 @@ def window_seconds_and_watts(
     return seconds, calibration.base_watts + joules / rows.seconds
 
 
-JOULES_SIGMA, SECONDS_SIGMA, WINDOW_SIGMA = 0.02, 0.03, 0.06
+JOULES_SIGMA, SECONDS_SIGMA, TTFT_SIGMA, WINDOW_SIGMA = 0.02, 0.03, 0.1, 0.06
 """Log residual that weighs as one standard deviation: repeats of a run on two boards differ by 1 to
 2.5 % in joules and up to 4 % in seconds; kernels of a class differ more than the model knows."""
 ROBUST_SCALE = 2.0
@@ -250,6 +255,8 @@ def fit_serving(
     prior = np.array([p.prior for p in parameters])
     bounds = np.log([[p.low, p.high] for p in parameters]).T
     measured = np.log([[r.joules for r in runs], [r.seconds for r in runs]])
+    has_ttft = np.array([r.ttft_seconds is not None for r in runs], dtype=bool)
+    ttft_measured = np.log([r.ttft_seconds for r in runs if r.ttft_seconds is not None])
     is_kernel = np.array([not p.paths[0].startswith("stacks.") for p in parameters])
     known: dict[bytes, dict[int, CostTables]] = {}
 
@@ -263,12 +270,13 @@ def fit_serving(
         if key not in known:
             known.clear()
             known[key] = {}
-        joules, seconds = simulated(runs, candidate, known[key])
+        joules, seconds, ttft = simulated(runs, candidate, known[key])
         alone, watts = window_seconds_and_watts(windows, gpu, candidate)
         return np.concatenate(
             [
                 (np.log(joules) - measured[0]) / JOULES_SIGMA,
                 (np.log(seconds) - measured[1]) / SECONDS_SIGMA,
+                (np.log(ttft[has_ttft]) - ttft_measured) / TTFT_SIGMA,
                 (np.log(alone) - np.log(windows.seconds)) / WINDOW_SIGMA,
                 (np.log(watts) - np.log(windows.watts)) / WINDOW_SIGMA,
                 (theta - start) / prior,

@@ -65,6 +65,8 @@ class StackCalibration:
     """Host time per kernel launched outside a CUDA graph."""
     kernels_per_layer: float
     """Kernels a layer launches where no graph replays them."""
+    piecewise_kernels: float = 3.0
+    """Launches of a layer whose graphs leave attention out: steps with prompts that fit a graph."""
     step_gap_seconds: float
     """GPU idle between two steps that nothing overlaps."""
     sequence_gap_seconds: float = 0.0

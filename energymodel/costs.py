@@ -39,7 +39,6 @@ ATTENTION_STATS = (
     "prefill_window_pairs",
 )
 _ROW_OPERATORS = ("logits", "sampling")
-_PIECEWISE_KERNELS = 3.0  # attention, KV write and metadata run outside a piecewise graph
 _RESERVED_BYTES = 1.5 * GIB  # CUDA context, graphs and workspaces of the engine (see docs/limits)
 
 
@@ -351,7 +350,7 @@ def host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
     return np.array(
         [
             stack.step_host_seconds,
-            stack.step_host_seconds + _PIECEWISE_KERNELS * layers * stack.launch_seconds,
+            stack.step_host_seconds + stack.piecewise_kernels * layers * stack.launch_seconds,
             stack.step_host_seconds + stack.kernels_per_layer * layers * stack.launch_seconds,
             stack.sequence_host_seconds,
             stack.step_gap_seconds,

@@ -12,7 +12,6 @@ import numpy as np
 
 from energymodel.calibrations import Calibration
 from energymodel.costs import (
-    _PIECEWISE_KERNELS,
     _attention_rows,
     _attention_sequences,
     _split,
@@ -101,7 +100,7 @@ def step_cost(
     if not in_graph:
         host += stack.kernels_per_layer * launches
     elif prefills:
-        host += _PIECEWISE_KERNELS * launches
+        host += stack.piecewise_kernels * launches
     gap = stack.step_gap_seconds + stack.sequence_gap_seconds * len(work)
     if starting:
         gap += stack.start_gap_seconds + stack.request_host_seconds * len(prefills)
