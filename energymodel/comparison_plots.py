@@ -230,8 +230,10 @@ def predicted_against_measured(
             lw=0.8,
             label="hollow: open to fits",
         )
-    place = "outside upper left" if narrow else "outside right upper"
-    figure.legend(*left.get_legend_handles_labels(), loc=place, ncols=2 if narrow else 1)
+    if narrow:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    else:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -288,6 +290,7 @@ def errors_and_coverage(
         axes.set_ylim(len(names) - 0.5, -0.8)
         grid_only(axes, "x")
     left.set_xscale("log")
+    unit_ticks(left, "x", "")
     left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="|error| of the energy [%]")
     right.axvline(100.0 * level, color=INK, lw=1.0, ls="--")

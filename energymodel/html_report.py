@@ -144,9 +144,10 @@ def _number_writer(document: Mapping[str, Any]) -> Callable[..., Markup]:
         value: Any = document
         for key in path:
             value = value[key]
-        text = "-" if value is None else WAYS_TO_WRITE[kind](value)
+        shown = "-" if value is None else WAYS_TO_WRITE[kind](value)
+        whole = "null" if value is None else value
         key = ".".join(str(part) for part in path)
-        return Markup('<data value="{}" data-key="{}">{}</data>').format(value, key, text)
+        return Markup('<data value="{}" data-key="{}">{}</data>').format(whole, key, shown)
 
     return number
 

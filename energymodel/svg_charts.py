@@ -69,7 +69,7 @@ def inline_svg(figure: Figure, name: str, label: str, css_class: str) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = body.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
-    body = re.sub(r" font-family: [^;]*;", "", body)
+    body = re.sub(r" font-family: [^;\"]*;?", "", body)
     body = re.sub(r'(?: d| x| y| width| height| transform)="[^"]*"', _rounded, body)
     body = re.sub(r"\s*\n\s*", " ", body)
     for color, variable in _VARIABLES.items():
