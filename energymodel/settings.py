@@ -58,6 +58,7 @@ SHORT_NAMES: Mapping[str, str] = {
     "kv_dtype": "KV",
     "prefix_hit": "cached",
     "prefill_replicas": "prefill",
+    "prefill_gpu": "prefill GPU",
     "pue": "PUE",
 }
 """Axes in tables and figures; the others have their own name."""

@@ -185,6 +185,8 @@ def basis(points: Sequence[Point], workloads: Sequence[Workload]) -> dict[str, s
     for gpu in dict.fromkeys(point.setting.gpu for point in served):
         origins = dict.fromkeys(point.origin for point in served if point.setting.gpu == gpu)
         found[f"parameters of {gpu}"] = ", ".join(origins)
+    rented = [gpu for p in served for gpu in (p.setting.gpu, p.setting.prefill_gpu) if gpu]
+    for gpu in dict.fromkeys(rented):
         price = workloads[0].prices.get(load_gpu(gpu).name)
         found[f"rent of {gpu}"] = (
             "not known; give it with --price"

@@ -18,7 +18,7 @@ from energymodel.pareto import (
     ranking,
 )
 from energymodel.report import range_text, seconds_text, three_digits
-from energymodel.settings import AXES
+from energymodel.settings import AXES, SHORT_NAMES
 from energymodel.sweep import Point
 
 if TYPE_CHECKING:
@@ -26,19 +26,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _WIDTH = 140  # columns where there is no terminal
-_SHORT = {
-    "tensor_parallel": "TP",
-    "pipeline_parallel": "PP",
-    "max_batch": "batch",
-    "max_step_tokens": "step tokens",
-    "power_limit_watts": "limit W",
-    "arrival_scale": "load x",
-    "kv_dtype": "KV",
-    "prefix_hit": "cached",
-    "prefill_replicas": "prefill",
-    "prefill_gpu": "prefill GPU",
-    "pue": "PUE",
-}
 
 
 def rows(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -168,7 +155,7 @@ def _table(
     table.add_column("", no_wrap=True)
     table.add_column("no.", justify="right", no_wrap=True)
     for name in axes:
-        table.add_column(_SHORT.get(name, name), justify="right", overflow="fold")
+        table.add_column(SHORT_NAMES.get(name, name), justify="right", overflow="fold")
     shown = [points[i] for i in numbers]
     costs = any(point.usd is not None for point in shown)
     carbon = any(point.carbon_grams is not None for point in shown)
