@@ -16,11 +16,6 @@ from energymodel.settings import in_words
 from energymodel.sweep_page import basis, trace_warnings
 
 _SHOWN = ("gpu", "tensor_parallel", "dtype", "max_batch", "power_limit_watts")
-_NOT_NEEDED = {
-    "off": "off",
-    "cold": "on, without a process",
-    "context": "on, with a process that waits",
-}
 
 
 def plan_page(
@@ -63,7 +58,7 @@ def plan_page(
         racks="" if stock.racks is None else f"{stock.racks} racks of {stock.rack_watts:g} W",
         margin=margin,
         replicas=sum(pool.point.replicas or 0 for pool in plan.pools),
-        parked="" if scaling is None else _NOT_NEEDED[scaling.parked],
+        parked="" if scaling is None else plan_report.NOT_NEEDED[scaling.parked],
         components={
             name: meaning
             for name, meaning in COMPONENTS.items()

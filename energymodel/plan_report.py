@@ -17,6 +17,9 @@ from energymodel.sweep_report import print_whole
 _WIDTH = 120  # columns where there is no terminal
 _MOST_PERIODS_SHOWN = 48
 
+NOT_NEEDED = {"off": "off", "cold": "on without a process", "context": "on with a waiting process"}
+"""What a GPU that is not needed does, by `plan_scaling.PARKED`."""
+
 
 def as_json(plan: Plan, scaling: Scaling | None) -> str:
     """Everything the table shows, and more."""
@@ -146,10 +149,9 @@ def _pools(plan: Plan) -> Any:
 
 def _print_scaling(console: Any, plan: Plan, scaling: Scaling) -> None:
     share = scaling.saving_joules / scaling.fixed_joules
-    state = {"off": "off", "cold": "on without a process", "context": "on with a waiting process"}
     console.print(
         f"Replicas changed every {seconds_text(scaling.period_seconds)}, GPUs not needed "
-        f"{state[scaling.parked]}: {joules_text(scaling.energy_joules)} instead of "
+        f"{NOT_NEEDED[scaling.parked]}: {joules_text(scaling.energy_joules)} instead of "
         f"{joules_text(scaling.fixed_joules)} ({share:.1%} less), "
         f"{scaling.replica_hours:,.1f} instead of {scaling.fixed_replica_hours:,.1f} replica hours"
     )

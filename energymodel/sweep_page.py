@@ -64,7 +64,8 @@ def sweep_page(
     ]
     names = [_name(number, point, axes) for number, point in enumerate(points, start=1)]
     by_component = [i for i in order if points[i].by_component_joules][:_MOST_BY_COMPONENT]
-    pair = [] if comparison is None else [_place(points, p) for p in _both(comparison)]
+    compared = [] if comparison is None else [comparison.first, comparison.second]
+    pair = [_place(points, point) for point in compared]
     return html_page(
         "sweep.html",
         sweep_report.as_json(points, objective, targets, comparison),
@@ -83,7 +84,7 @@ def sweep_page(
             for i, point in enumerate(points)
             if point.served and i not in set(order)
         },
-        refused=_refused(points),
+        refused=sweep_report.refused(points)[:_MOST_REASONS],
         by_component=by_component,
         pair=pair,
         components={
@@ -160,22 +161,8 @@ def _name(number: int, point: Point, axes: Sequence[str]) -> str:
     return f"{number}: {_words(point, axes)}"
 
 
-def _both(comparison: Comparison) -> tuple[Point, Point]:
-    return comparison.first, comparison.second
-
-
 def _place(points: Sequence[Point], wanted: Point) -> int:
     return next(i for i, point in enumerate(points) if point.setting == wanted.setting)
-
-
-def _refused(points: Iterable[Point]) -> dict[str, int]:
-    """Why settings cannot be served, and how many."""
-    counts: dict[str, int] = {}
-    for point in points:
-        if not point.served:
-            counts[point.reason] = counts.get(point.reason, 0) + 1
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return dict(ordered[:_MOST_REASONS])
 
 
 def basis(points: Sequence[Point], workloads: Sequence[Workload]) -> dict[str, str]:

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from energymodel.pareto import (
@@ -118,11 +119,7 @@ def as_tables(
         nearest = points[missed[0]]
         reasons = targets.missed(nearest.ttft_seconds, nearest.tpot_seconds)
         console.print(f"{len(missed)} settings miss the targets, e.g. {'; '.join(reasons)}.")
-    refused: dict[str, int] = {}
-    for point in points:
-        if not point.served:
-            refused[point.reason] = refused.get(point.reason, 0) + 1
-    for reason, count in sorted(refused.items(), key=lambda item: -item[1])[:5]:
+    for reason, count in refused(points)[:5]:
         console.print(f"{count} refused: {reason}", markup=False)
     if comparison is not None:
         console.print()
@@ -130,6 +127,11 @@ def as_tables(
         console.print(comparison.sentence, markup=False)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
+
+
+def refused(points: Iterable[Point]) -> list[tuple[str, int]]:
+    """Why settings cannot be served and how many, the most frequent reason first."""
+    return Counter(point.reason for point in points if not point.served).most_common()
 
 
 def print_whole(console: Console, table: Table) -> None:
