@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from energymodel.errors import ConfigurationError, TraceError
 from energymodel.specs import ServingConfig
+from energymodel.trace_files import unpacked
 from energymodel.traces import Requests
 
 Ints = NDArray[np.int64]
@@ -86,7 +87,8 @@ def with_traced_prefixes(requests: Requests, path: str) -> Requests:
     Parameters
     ----------
     requests : as read from the trace
-    path : Mooncake JSON lines with `hash_ids`, or CSV with a column `prefix_blocks_seen_before`
+    path : Mooncake JSON lines with `hash_ids`, or CSV with a column `prefix_blocks_seen_before`;
+        plain, gzip or zstd
 
     Raises
     ------
@@ -99,7 +101,8 @@ def with_traced_prefixes(requests: Requests, path: str) -> Requests:
             "file. Give a share instead, e.g. --prefix-hit 0.3"
         )
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with unpacked(Path(path), path) as file:
+            text = file.read().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise TraceError(f"{path}: block ids cannot be read ({error})") from error
     lines = [line for line in text.splitlines() if line.strip()]

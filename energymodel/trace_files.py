@@ -75,7 +75,7 @@ def open_source(path: str, check_head: Callable[[bytes], object]) -> Path | byte
 
 def read_head(source: Path | bytes, where: str) -> bytes:
     """First bytes of a text file, unpacked, at most `HEAD_BYTES`."""
-    with _unpacked(source, where) as file:
+    with unpacked(source, where) as file:
         return _read_up_to(file, HEAD_BYTES)
 
 
@@ -89,7 +89,7 @@ def check_lines(source: Path | bytes, where: str) -> bool:
         file is damaged.
     """
     line, length, quotes = 1, 0, False
-    with _unpacked(source, where) as file:
+    with unpacked(source, where) as file:
         while piece := file.read(HEAD_BYTES):
             first = piece.find(b"\n")
             if length + (len(piece) if first < 0 else first) > HEAD_BYTES:
@@ -117,7 +117,8 @@ def unreadable(where: str, reason: object) -> TraceError:
 
 
 @contextmanager
-def _unpacked(source: Path | bytes, where: str) -> Iterator[IO[bytes]]:
+def unpacked(source: Path | bytes, where: str) -> Iterator[IO[bytes]]:
+    """A source, open for reading, gzip and zstd undone; TraceError if it is damaged."""
     import zstandard  # noqa: PLC0415
 
     magic = _first_bytes(source)

@@ -21,6 +21,7 @@ import energymodel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "profiles"
+TEMPLATES = ROOT / "energymodel" / "templates"
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
@@ -88,7 +89,8 @@ def wheel(release: Path) -> Path:
 def test_the_wheel_holds_both_packages_and_all_data_files(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"energymodel/py.typed", "energymodel/specs.py", "calibration/__init__.py"} <= names
-    assert {f"energymodel/templates/report.{kind}" for kind in ("html", "css", "js")} <= names
+    templates = {name for name in names if name.startswith("energymodel/templates/")}
+    assert templates == {f"energymodel/templates/{name}" for name in files_below(TEMPLATES)}
     prefix = "energymodel/_profiles/"
     shipped = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     assert shipped == files_below(PROFILES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,11 @@ def test_predict_reads_block_ids(tmp_path: Path) -> None:
     options = ["predict", "--gpu", "a100", "--format", "json", "--trace", str(path)]
     found = json.loads(CliRunner().invoke(app, [*options, "--prefix-hit", "trace"]).output)
     assert found["inputs"]["cached_input_tokens"] == 1024 + 1399
+    packed = tmp_path / "trace.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    again = with_traced_prefixes(read_trace(str(packed)), str(packed))
+    assert again.cached_tokens is not None
+    assert again.cached_tokens.tolist() == [0, 1024, 0, 1399]
     plain = json.loads(CliRunner().invoke(app, options).output)
     assert plain["prefill_joules"] > found["prefill_joules"]
     for other in ("azure_code", "-"):
