@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from energymodel.plot_style import (
     BLUE,
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 8.0  # inches
+_MOST_NAMES = 3  # of points on top of each other
+_CHARACTER_POINTS, _LINE_POINTS = 4.4, 8.5  # size of a name
 _RATIO_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0, 20.0)
 
 
@@ -327,29 +329,27 @@ def pareto(
     """
     joules, times = np.asarray(joules_per_request, float), np.asarray(seconds, float)
     front = np.asarray(on_front, bool)
-    figure = new_figure(width_inches, 3.8)
+    from matplotlib.lines import Line2D  # noqa: PLC0415
+
+    height_inches = 3.8
+    figure = new_figure(width_inches, height_inches)
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log")
-    order = np.flatnonzero(front)[np.argsort(times[front])]
-    axes.plot(times[order], joules[order], color=BLUE, lw=1.0, alpha=0.6)
+    axes.update_datalim(np.column_stack([times, joules]))
+    joined = np.flatnonzero(front)[np.argsort(times[front])]
+    axes.plot(times[joined], joules[joined], color=BLUE, lw=1.0, alpha=0.6)
     named: dict[tuple[str, str], list[int]] = {}
     for i, label in enumerate(labels):
-        point = axes.scatter(
-            times[i],
-            joules[i],
-            s=26,
-            color=BLUE if front[i] else GREY,
-            lw=0,
-            zorder=3 if front[i] else 2,
-        )
+        color, order = (BLUE, 3) if front[i] else (GREY, 2)
+        point = Line2D([times[i]], [joules[i]], ls="", marker="o", ms=5.1, mew=0.0, color=color)
+        point.set(zorder=order, in_layout=False)
+        axes.add_artist(point)  # a thousand of these are faster than a thousand scatters
         text = f"{joules_text(joules[i])} a request, {latency} {seconds_text(times[i])}"
         hover(point, f"{label}: {text}")
         if front[i]:
             named.setdefault((f"{times[i]:.2g}", f"{joules[i]:.2g}"), []).append(i)
-    for same in named.values():  # points on top of each other share a name
-        mark = ", ".join((labels if marks is None else marks)[i] for i in same)
-        at = (times[same[0]], joules[same[0]])
-        axes.annotate(mark, at, (4, 4), textcoords="offset points", fontsize=7.5)
+    size = (0.85 * 72.0 * width_inches, 0.8 * 72.0 * height_inches)  # of the axes, points
+    _name_points(axes, size, times, joules, labels if marks is None else marks, [*named.values()])
     if target_seconds is not None:
         line = axes.axvline(target_seconds, color=RED, lw=1.2)
         hover(line, f"target: {latency} at most {seconds_text(target_seconds)}")
@@ -357,3 +357,30 @@ def pareto(
     unit_ticks(axes, "x", "s")
     unit_ticks(axes, "y", "J")
     return figure
+
+
+def _name_points(
+    axes: Axes,
+    size: tuple[float, float],
+    times: NDArray[np.float64],
+    joules: NDArray[np.float64],
+    marks: Sequence[str],
+    groups: Sequence[Sequence[int]],
+) -> None:
+    """Names beside points on logarithmic axes; those on top of each other share one.
+
+    A name that would cover another one is left out.
+    """
+    spans = [np.ptp(np.log(values)) or 1.0 for values in (times, joules)]
+    placed: list[tuple[float, float, float]] = []
+    for same in sorted(groups, key=lambda group: times[group[0]]):
+        first = same[0]
+        more = ", ..." if len(same) > _MOST_NAMES else ""
+        text = ", ".join(marks[i] for i in same[:_MOST_NAMES]) + more
+        x = size[0] * np.log(times[first] / times.min()) / spans[0]  # points
+        y = size[1] * np.log(joules[first] / joules.min()) / spans[1]
+        end = x + _CHARACTER_POINTS * len(text)
+        if all(x > e or end < b or abs(y - h) > _LINE_POINTS for b, e, h in placed):
+            placed.append((x, end, y))
+            at = (times[first], joules[first])
+            axes.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7.5)

@@ -216,8 +216,18 @@ def test_points_on_top_of_each_other_share_their_name_and_the_target_is_a_line()
         marks=["1", "2", "3"],
         target_seconds=2.0,
     )
-    assert [text.get_text() for text in figure.axes[0].texts] == ["1, 2", "3"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3", "1, 2"]
     assert "target: TTFT p99 at most 2.00 s" in hover_texts(figure)
+
+
+def test_names_that_would_cover_others_are_left_out() -> None:
+    seconds = np.linspace(1.0, 2.0, 300)
+    figure = plots.pareto(
+        1.0 / seconds, seconds, [f"setting {i}" for i in range(300)], [True] * 300
+    )
+    names = figure.axes[0].texts
+    assert 3 < len(names) < 60
+    assert len(hover_texts(figure)) == 300
 
 
 def test_bars_by_component_add_up_and_leave_out_what_is_not_there() -> None:
