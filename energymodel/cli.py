@@ -292,8 +292,9 @@ def schema(
 @app.command()
 def validate(
     public: Annotated[
-        Path, typer.Option(help="Folder of measurements that others published.")
-    ] = Path("../shared"),
+        Path | None,
+        typer.Option(help="Folder of measurements that others published.  [default: none]"),
+    ] = None,
     own: Annotated[
         Path | None, typer.Option(help="Folder of serving records.  [default: those that ship]")
     ] = None,
