@@ -56,7 +56,7 @@ class Check:
     """Whose figure it is and how it compares; empty where there is none."""
 
 
-def physics_checks(validation: Validation, public: Path) -> list[Check]:
+def physics_checks(validation: Validation, public: Path | None) -> list[Check]:
     """All checks; those whose public figures are not there come without them."""
     return [
         *_decode(validation, public),
@@ -66,7 +66,7 @@ def physics_checks(validation: Validation, public: Path) -> list[Check]:
     ]
 
 
-def _decode(validation: Validation, public: Path) -> Iterator[Check]:
+def _decode(validation: Validation, public: Path | None) -> Iterator[Check]:
     requests = offline("one request", [DECODE_INPUT], DECODE_OUTPUT)
     model = load_model(MODEL)
     for gpu in GPUS:
@@ -100,7 +100,7 @@ def _decode(validation: Validation, public: Path) -> Iterator[Check]:
     yield from _row_checks(validation, SPLITWISE, "llama-2-70b tp2 i512 o128 b1", "batch 1", "a100")
 
 
-def _prefill(validation: Validation, public: Path) -> Iterator[Check]:
+def _prefill(validation: Validation, public: Path | None) -> Iterator[Check]:
     model = load_model(MODEL)
     for gpu in GPUS:
         p = predict(offline("one prompt", [PREFILL_TOKENS], 1), gpu=gpu, model=model)
@@ -236,7 +236,7 @@ def _row_checks(
 
 
 def kernel_seconds(
-    public: Path, gpu: str, model: ModelSpec, *, tokens: int, context: int
+    public: Path | None, gpu: str, model: ModelSpec, *, tokens: int, context: int
 ) -> tuple[float | None, str]:
     """Time of one step of one sequence, from public kernel timings, and their source.
 
@@ -245,6 +245,8 @@ def kernel_seconds(
     """
     import polars as pl  # noqa: PLC0415
 
+    if public is None:
+        return None
     folder = public / "data" / "validation" / "aiconfigurator"
     phase = "generation" if tokens == 1 else "context"
     gemm_path = table_path(folder, gpu, "gemm")
@@ -309,7 +311,7 @@ def _attention_milliseconds(
 # -- as Markdown ----------------------------------------------------------------------
 
 
-def physics_section(validation: Validation, public: Path) -> str:
+def physics_section(validation: Validation, public: Path | None) -> str:
     """Return the page's section on physics."""
     origins = "; ".join(
         f"{gpu}: {c.origin} ({c.intervals['vllm'].basis})"

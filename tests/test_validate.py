@@ -632,6 +632,7 @@ def test_a_step_put_together_from_public_kernels() -> None:
 
 def test_physics_checks_stand_without_public_figures(tmp_path: Path) -> None:
     checks = physics_checks(a_validation(), tmp_path)
+    assert physics_checks(a_validation(), None) == checks
     by_case = {(c.case, c.quantity): c for c in checks}
     decode = by_case["llama-3.1-8b, decode, batch 1, h100", "J per token"]
     assert decode.public is None
