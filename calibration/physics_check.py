@@ -246,7 +246,7 @@ def kernel_seconds(
     import polars as pl  # noqa: PLC0415
 
     if public is None:
-        return None
+        return None, ""
     folder = public / "data" / "validation" / "aiconfigurator"
     phase = "generation" if tokens == 1 else "context"
     gemm_path = table_path(folder, gpu, "gemm")
