@@ -171,6 +171,9 @@ def _scaled_energies(
             f"{RULES_FILE}: no rule for {here.title} (chip {chip}, its memory); add one"
         ) from error
     own = _energies_of(start, measured)
+    joules_per_flop = {dtype: joules * core for dtype, joules in own.joules_per_flop.items()}
+    if "mxfp4" in here.peak_flops_per_s:
+        joules_per_flop["mxfp4"] = joules_per_flop["fp8"] * float(rules["mxfp4_over_fp8"]["value"])
     board = here.tdp_watts / there.tdp_watts
     units = core * here.sm_count / there.sm_count
     kernels = {c: replace(k, active_watts=k.active_watts * units) for c, k in own.kernels.items()}
@@ -182,12 +185,7 @@ def _scaled_energies(
         context_idle_watts=max(own.context_idle_watts * board, idle),
         polling_idle_watts=max(own.polling_idle_watts * board, idle),
         base_watts=own.base_watts * board,
-        joules_per_flop={d: v * core for d, v in own.joules_per_flop.items()}
-        | (
-            {"mxfp4": own.joules_per_flop["fp8"] * core / 2}
-            if here.architecture == "blackwell"
-            else {}
-        ),
+        joules_per_flop=joules_per_flop,
         joules_per_hbm_byte=own.joules_per_hbm_byte + float(memory["added_joules_per_byte"]),
         joules_per_onchip_byte=own.joules_per_onchip_byte * core,
     )
