@@ -16,7 +16,7 @@ import typer
 from energymodel.terminal import print_text, user_errors
 
 if TYPE_CHECKING:
-    from calibration.collect import Outcome, Progress
+    from calibration.kernels.collect import Outcome, Progress
 
 _TIME_LIMIT_SECONDS = {"quick": 180.0, "full": 540.0}
 _LEAST_SECONDS_TO_RESTART = 30.0
@@ -61,7 +61,7 @@ def calibrate(
     limit = _TIME_LIMIT_SECONDS[suite.value] if time_limit_seconds is None else time_limit_seconds
     gpus = tuple(gpu or (0,))
     with user_errors():
-        from calibration import collect  # noqa: PLC0415
+        from calibration.kernels import collect  # noqa: PLC0415
 
         if dry_run:
             print_text(collect.list_cases(suite.value, window_seconds, seed, len(gpus)))
@@ -106,7 +106,7 @@ def calibrate(
 
 def _report(outcome: Outcome) -> None:
     """Print what was done, what to do next, and the summary page."""
-    from calibration.summary import write_summary  # noqa: PLC0415
+    from calibration.kernels.summary import write_summary  # noqa: PLC0415
 
     typer.echo(
         f"{outcome.measured} valid windows, {outcome.invalid} invalid, {outcome.failed} failed, "

@@ -39,8 +39,8 @@ def fit(
     """
     with user_errors():
         check_writable(out, *(str(path) for path in windows), start)
-        from calibration.machine_fit import fit_machine  # noqa: PLC0415
-        from calibration.measurements import read_measurements  # noqa: PLC0415
+        from calibration.fitting.machine_fit import fit_machine  # noqa: PLC0415
+        from calibration.fitting.measurements import read_measurements  # noqa: PLC0415
         from energymodel.calibrations import (  # noqa: PLC0415
             list_calibrations,
             load_calibration,

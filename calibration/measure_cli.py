@@ -79,7 +79,7 @@ def measure(
     prediction. `fit` and `validate --own` take the records.
     """
     with user_errors():
-        from calibration import measure_runs  # noqa: PLC0415
+        from calibration.serving import measure as measure_runs  # noqa: PLC0415
 
         if plan is None:
             options = measure_runs.Options(

@@ -264,7 +264,7 @@ def doctor(
 ) -> None:
     """Say what is installed, which GPUs and calibrations there are, and what is missing."""
     with user_errors():
-        from calibration.boards import find_boards  # noqa: PLC0415
+        from calibration.metering.boards import find_boards  # noqa: PLC0415
         from energymodel.doctor import diagnose, render_diagnosis  # noqa: PLC0415
 
         diagnosis = diagnose(find_boards())
@@ -314,7 +314,7 @@ def validate(
 ) -> None:
     """Compare predictions with measurements, and say how wrong they are."""
     with user_errors():
-        from calibration.validation_report import run  # noqa: PLC0415
+        from calibration.validation.report import run  # noqa: PLC0415
 
         as_json = format is OutputFormat.json
         color = in_color()
@@ -348,7 +348,7 @@ def reproduce(
 ) -> None:
     """Set every finding of the paper beside our prediction and our measurement."""
     with user_errors():
-        from calibration.paper_measurements import measured_findings  # noqa: PLC0415
+        from calibration.validation.paper_measurements import measured_findings  # noqa: PLC0415
         from energymodel.finding_plots import check_figure_file, paper_findings  # noqa: PLC0415
         from energymodel.reproduce import reproduce as run  # noqa: PLC0415
         from energymodel.reproduce_report import figure_address, render  # noqa: PLC0415

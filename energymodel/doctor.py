@@ -1,6 +1,7 @@
 """What `energymodel doctor` finds: packages, GPUs and calibrations here, what is missing, the way.
 
-Nothing here asks the hardware: the command passes in what NVML saw (`calibration/boards.py`).
+Nothing here asks the hardware: the command passes in what NVML saw
+(`calibration/metering/boards.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A page holds the JSON of its result; every number shown is a `<data>` element with the key it was
 taken from and its full value. What each page shows is in `prediction_page.py`, `sweep_page.py` and
-`plan_page.py` (and `calibration/validation_page.py`). Needs matplotlib and Jinja: pip install
+`plan_page.py` (and `calibration/validation/page.py`). Needs matplotlib and Jinja: pip install
 'energymodel[report]'.
 """
 

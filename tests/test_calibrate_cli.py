@@ -16,9 +16,11 @@ from fake_nvml import FakeNvml
 from test_collect import FakeRig, kernels
 from typer.testing import CliRunner, Result
 
-from calibration import calibrate_cli, collect, recording
-from calibration.kernels import build_suite
-from calibration.windows import read_jsonl
+from calibration import calibrate_cli
+from calibration.kernels import collect
+from calibration.kernels.suite import build_suite
+from calibration.metering import recording
+from calibration.metering.windows import read_jsonl
 from energymodel.cli import app
 
 

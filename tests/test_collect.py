@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 from fake_nvml import FakeNvml, NVMLError_GpuIsLost
 
-from calibration import collect, recording
-from calibration.collect import ContextLostError, Outcome, run_suite
-from calibration.kernels import Case, build_suite
-from calibration.meter import MeterError, NvmlMeter, ReplayMeter
-from calibration.pump import Launchable, Work
-from calibration.rig import Rig
-from calibration.summary import write_summary
-from calibration.windows import read_jsonl
+from calibration.kernels import collect
+from calibration.kernels.collect import ContextLostError, Outcome, run_suite
+from calibration.kernels.pump import Launchable, Work
+from calibration.kernels.rig import Rig
+from calibration.kernels.suite import Case, build_suite
+from calibration.kernels.summary import write_summary
+from calibration.metering import recording
+from calibration.metering.meter import MeterError, NvmlMeter, ReplayMeter
+from calibration.metering.windows import read_jsonl
 from energymodel.errors import ConfigurationError, EnergyModelError
 
 QUICK = build_suite("quick")

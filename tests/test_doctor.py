@@ -15,7 +15,7 @@ from fake_nvml import (
 from typer.testing import CliRunner
 
 import energymodel.doctor
-from calibration.boards import find_boards
+from calibration.metering.boards import find_boards
 from energymodel.calibrations import list_calibrations, load_calibration
 from energymodel.cli import app
 from energymodel.doctor import Board, Boards, diagnose, render_diagnosis

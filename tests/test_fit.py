@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.fit import (
+from calibration.fitting.fit_kernels import (
     KernelRows,
     fit_kernel_seconds,
     fit_watts,

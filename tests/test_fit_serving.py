@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shapes import calibration, gpu, tiny
 
-from calibration.fit_serving import (
+from calibration.fitting.fit_serving import (
     PARAMETERS,
     Parameter,
     Run,
@@ -20,10 +20,10 @@ from calibration.fit_serving import (
     window_seconds_and_watts,
     with_values,
 )
-from calibration.kernel_windows import kernel_rows, read_windows
-from calibration.measured_runs import read_idle
-from calibration.transfer import transfer
-from calibration.validation_rows import DATA, MeasuredRow, offline
+from calibration.fitting.kernel_windows import kernel_rows, read_windows
+from calibration.fitting.measured_runs import read_idle
+from calibration.fitting.transfer import transfer
+from calibration.validation.rows import DATA, MeasuredRow, offline
 from energymodel.calibrations import Calibration, load_calibration, save_calibration
 from energymodel.costs import cost_tables
 from energymodel.datafiles import data_path

@@ -19,11 +19,11 @@ from html_pages import (
 )
 from typer.testing import CliRunner, Result
 
-from calibration.measured_runs import OWN
-from calibration.validate import Validation
-from calibration.validation_page import validation_page
-from calibration.validation_report import json_text, measured_points
-from calibration.validation_rows import Comparison, LeftOut, MeasuredRow, offline
+from calibration.fitting.measured_runs import OWN
+from calibration.validation.page import validation_page
+from calibration.validation.report import json_text, measured_points
+from calibration.validation.rows import Comparison, LeftOut, MeasuredRow, offline
+from calibration.validation.validate import Validation
 from energymodel.cli import app
 from energymodel.fleet_plan import Plan
 from energymodel.pareto import Targets
@@ -310,7 +310,7 @@ def test_a_bad_place_is_refused_before_the_work(command: tuple[str, ...], tmp_pa
 def test_validate_writes_a_page_or_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibration.validation_report.validate", lambda **_: VALIDATION)
+    monkeypatch.setattr("calibration.validation.report.validate", lambda **_: VALIDATION)
     page = tmp_path / "page.html"
     done = run("validate", "--report", page, "--format", "json")
     assert done.exit_code == 0, done.output

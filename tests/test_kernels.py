@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.kernels import Case, build_suite, estimated_seconds, ordered
+from calibration.kernels.suite import Case, build_suite, estimated_seconds, ordered
 from energymodel.errors import ConfigurationError
 
 FULL = build_suite("full", gpus=2)
@@ -132,8 +132,8 @@ def _miniatures() -> list[Case]:
 @pytest.mark.parametrize("small", _miniatures(), ids=lambda c: c.name)
 def test_launchers_run_in_miniature_on_the_cpu(small: Case) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed here")
-    from calibration.launchers import Bed, UnavailableError, prepare  # noqa: PLC0415
-    from calibration.pump import Pump, eager  # noqa: PLC0415
+    from calibration.kernels.launchers import Bed, UnavailableError, prepare  # noqa: PLC0415
+    from calibration.kernels.pump import Pump, eager  # noqa: PLC0415
 
     bed = Bed(devices=("cpu",), l2_bytes=2e4)
     with torch.no_grad():
@@ -160,8 +160,8 @@ def test_launchers_run_in_miniature_on_the_cpu(small: Case) -> None:
 
 def test_routing_is_the_same_everywhere_and_counted() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed here")
-    from calibration.launchers import Bed  # noqa: PLC0415
-    from calibration.launchers_model import moe_grouped, moe_loop, routings  # noqa: PLC0415
+    from calibration.kernels.launchers import Bed  # noqa: PLC0415
+    from calibration.kernels.launchers_model import moe_grouped, moe_loop, routings  # noqa: PLC0415
 
     bed = Bed(devices=("cpu",), l2_bytes=2e4)
     small = next(c for c in _miniatures() if c.launcher == "moe_loop")
@@ -182,8 +182,8 @@ def test_routing_is_the_same_everywhere_and_counted() -> None:
 
 def test_padded_rows_of_the_fused_kernel_are_counted() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed here")
-    from calibration.launchers import Bed  # noqa: PLC0415
-    from calibration.launchers_model import moe_fused  # noqa: PLC0415
+    from calibration.kernels.launchers import Bed  # noqa: PLC0415
+    from calibration.kernels.launchers_model import moe_fused  # noqa: PLC0415
 
     calls: list[tuple[Any, ...]] = []
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from calibration.measurements import read_measurements
-from calibration.validation_rows import DATA
+from calibration.fitting.measurements import read_measurements
+from calibration.validation.rows import DATA
 from energymodel.calibrations import load_calibration
 from energymodel.cli import app
 from energymodel.datafiles import data_path

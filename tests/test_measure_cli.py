@@ -18,10 +18,12 @@ from fake_nvml import FakeNvml
 from test_serving import StepEngine, World, WorldMeter, in_world
 from typer.testing import CliRunner, Result
 
-from calibration import measure_runs, serving, serving_cases
-from calibration.preflight import check_metered
-from calibration.serving_plan import load_plan
-from calibration.windows import MeterError, read_jsonl
+from calibration.metering.preflight import check_metered
+from calibration.metering.windows import MeterError, read_jsonl
+from calibration.serving import cases as serving_cases
+from calibration.serving import measure as measure_runs
+from calibration.serving import run_plan as serving
+from calibration.serving.plan import load_plan
 from energymodel.cli import app
 
 

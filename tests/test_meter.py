@@ -12,9 +12,9 @@ import fake_nvml as fake
 import pytest
 from fake_nvml import FakeNvml
 
-from calibration import meter as meter_module
-from calibration.meter import MeterError, NvmlMeter, ReplayMeter, Window
-from calibration.windows import read_jsonl, window_from_json, window_to_json
+from calibration.metering import meter as meter_module
+from calibration.metering.meter import MeterError, NvmlMeter, ReplayMeter, Window
+from calibration.metering.windows import read_jsonl, window_from_json, window_to_json
 
 
 def measured(meter: NvmlMeter, seconds: float = 0.12, name: str = "w") -> Window:

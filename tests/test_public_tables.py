@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from calibration.fit import predicted_seconds, summarize
-from calibration.public_tables import (
+from calibration.fitting.fit_kernels import predicted_seconds, summarize
+from calibration.fitting.public_tables import (
     _expert_load,
     read_all_reduce,
     read_context_attention,
@@ -20,7 +20,7 @@ from calibration.public_tables import (
     read_moe,
     read_rows,
 )
-from calibration.validation_rows import DATA
+from calibration.validation.rows import DATA
 from energymodel.calibrations import Calibration, load_calibration
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
@@ -160,7 +160,7 @@ def public_fit_of(name: str) -> Calibration:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "calibration.public_fit", *arguments]
+    command = [sys.executable, "-m", "calibration.fitting.public_fit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

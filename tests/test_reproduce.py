@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import energymodel.reproduce as module
-from calibration.paper_measurements import measured_findings
+from calibration.validation.paper_measurements import measured_findings
 from energymodel.cli import app
 from energymodel.models import load_model
 from energymodel.paper_findings import Estimate, Finding, Measured, Row, load_paper

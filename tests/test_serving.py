@@ -15,13 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration import serving, serving_cases, serving_engine, serving_steady
-from calibration.host_speed import host_speed
-from calibration.recording import append_record
-from calibration.serving import run_plan
-from calibration.serving_cases import metered, run_cases
-from calibration.serving_engine import RunLog, TimeUpError, VllmEngine
-from calibration.serving_plan import (
+from calibration.metering.host_speed import host_speed
+from calibration.metering.recording import append_record
+from calibration.metering.windows import Reading, Window, read_jsonl
+from calibration.serving import cases as serving_cases
+from calibration.serving import engine as serving_engine
+from calibration.serving import run_plan as serving
+from calibration.serving import steady as serving_steady
+from calibration.serving.cases import metered, run_cases
+from calibration.serving.engine import RunLog, TimeUpError, VllmEngine
+from calibration.serving.plan import (
     Case,
     EngineRun,
     Plan,
@@ -30,7 +33,7 @@ from calibration.serving_plan import (
     model_config,
     requests_of,
 )
-from calibration.windows import Reading, Window, read_jsonl
+from calibration.serving.run_plan import run_plan
 from energymodel.errors import ConfigurationError, TraceError
 
 IDLE_WATTS = 110.0

@@ -15,14 +15,25 @@ from hypothesis import strategies as st
 from test_serving import StepEngine, World, WorldMeter, in_world
 from typer.testing import CliRunner
 
-from calibration.measured_runs import read_own
-from calibration.physics_check import kernel_seconds, physics_checks
-from calibration.public_runs import ENERGAIZER, SPLITWISE, V2, V3, read_public
-from calibration.recording import append_record
-from calibration.saturated_check import implied_input_tokens, saturated_sections
-from calibration.serving_cases import run_cases
-from calibration.serving_plan import Case, EngineRun, Plan, model_config
-from calibration.validate import (
+from calibration.fitting.measured_runs import read_own
+from calibration.metering.recording import append_record
+from calibration.serving.cases import run_cases
+from calibration.serving.plan import Case, EngineRun, Plan, model_config
+from calibration.validation.aims import standings
+from calibration.validation.physics_check import kernel_seconds, physics_checks
+from calibration.validation.public_runs import ENERGAIZER, SPLITWISE, V2, V3, read_public
+from calibration.validation.report import markdown, plot, terminal_text
+from calibration.validation.rows import (
+    Comparison,
+    MeasuredRow,
+    compare,
+    is_fitted,
+    load_split,
+    offline,
+    steady_state,
+)
+from calibration.validation.saturated_check import implied_input_tokens, saturated_sections
+from calibration.validation.validate import (
     LEVELS_FILE,
     OWN_RUNS,
     Validation,
@@ -35,17 +46,6 @@ from calibration.validate import (
     record_levels,
     to_dict,
     validate,
-)
-from calibration.validation_aims import standings
-from calibration.validation_report import markdown, plot, terminal_text
-from calibration.validation_rows import (
-    Comparison,
-    MeasuredRow,
-    compare,
-    is_fitted,
-    load_split,
-    offline,
-    steady_state,
 )
 from energymodel import predict
 from energymodel.cli import app
@@ -207,7 +207,7 @@ def test_a_split_without_a_field_is_refused(tmp_path: Path) -> None:
 
 
 def serving_records(path: Path, monkeypatch: pytest.MonkeyPatch, *, stack: str = "vllm") -> None:
-    """What `python -m calibration.serving` writes, with its simulated GPU and engine."""
+    """What `python -m calibration.serving.run_plan` writes, with its simulated GPU and engine."""
     world = in_world(monkeypatch, World())
     (path.parent / "t.csv").write_text(
         "arrival_seconds,input_tokens,output_tokens\n0,30,5\n0.1,40,6\n0.2,50,7\n"
@@ -531,8 +531,8 @@ def test_the_command_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_failed_check_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = tmp_path / "levels.json"
     levels.write_text('{"own, h100, vllm, held out": {"rows": 1, "joules_median_abs": 0.0001}}')
-    monkeypatch.setattr("calibration.validate.LEVELS_FILE", levels)
-    monkeypatch.setattr("calibration.validate.load_levels.__defaults__", (levels,))
+    monkeypatch.setattr("calibration.validation.validate.LEVELS_FILE", levels)
+    monkeypatch.setattr("calibration.validation.validate.load_levels.__defaults__", (levels,))
     serving_records(tmp_path / "a.jsonl", monkeypatch)
     done = CliRunner().invoke(
         app, ["validate", "--own", str(tmp_path), "--public", str(tmp_path / "none"), "--check"]

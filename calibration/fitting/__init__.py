@@ -1,0 +1,1 @@
+"""Fits calibrations: to kernel windows, to serving runs, to public tables; transfers them."""

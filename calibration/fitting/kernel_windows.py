@@ -1,0 +1,120 @@
+"""Reads the runner's kernel windows (`collect.py` writes them) as rows that the fit takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.fitting.fit_kernels import KernelRows
+from calibration.metering.windows import read_jsonl
+from energymodel.errors import EnergyModelError
+from energymodel.operators import SOFTMAX_WIDTH, TILE
+
+_CLASS_OF = {
+    "gemm": "gemm",
+    "moe": "moe",
+    "attention_prefill": "attention_prefill",
+    "attention_decode": "attention_decode",
+    "elementwise": "elementwise",
+    "copy": "elementwise",
+    "sampling": "sampling",
+    "communication": "communication",
+}
+"""Operator class of the model by the suite's class; windows of other classes are no kernels."""
+_WRITES = ("copy_write",)
+"""Windows that only write: a byte written takes less energy than one read, a step writes little,
+and the model has one energy for both."""
+
+
+def read_windows(path: Path) -> list[dict[str, Any]]:
+    """Records of valid kernel windows and idle states, in the order they were measured.
+
+    Raises
+    ------
+    EnergyModelError
+        If the file cannot be read, or holds no valid window.
+    """
+    records = read_jsonl(path)
+    windows = [r for r in records if r.get("kind") == "case" and r.get("valid")]
+    if not windows:
+        raise EnergyModelError(f"{path}: holds no valid window; measure with `calibrate` first")
+    return windows
+
+
+def kernel_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
+    """Rows of one GPU's windows whose operator class the model knows; repeats are rows too."""
+    known = set(_CLASS_OF) - {"communication"}
+    used = [w for w in windows if w["op_class"] in known and w["launcher"] not in _WRITES]
+    return _rows(used, boost_clock_hz)
+
+
+def link_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
+    """Rows of the all-reduces, watts of one GPU; what passes on the chip is part of the link's."""
+    used = [
+        {**w, "activation_bytes": 0.0, "power_watts": w["power_watts"] / w["gpus"]}
+        for w in windows
+        if w["op_class"] == "communication"
+    ]
+    return _rows(used, boost_clock_hz)
+
+
+def _rows(used: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
+    work = [_work(w) for w in used]
+
+    def column(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array([w.get(name, 0.0) for w in work])
+
+    return KernelRows(
+        name=tuple(w["case"] for w in used),
+        op_class=tuple(_CLASS_OF[w["op_class"]] for w in used),
+        family=tuple(f"{w['op_class']} {w['family']}" for w in used),
+        dtype=tuple(w["dtype"] for w in used),
+        executed_flops=column("executed_flops"),
+        hbm_bytes=np.array([w["hbm_bytes"] for w in used]),
+        activation_bytes=np.array([w["activation_bytes"] for w in used]),
+        link_bytes=np.array([w["link_bytes"] for w in used]),
+        tiles=column("tiles"),
+        calls=np.ones(len(used)),
+        gemm_rows=column("gemm_rows"),
+        gemm_columns=column("gemm_columns"),
+        seconds=np.array([w["iteration_seconds"] for w in used]),
+        watts=np.array([w["power_watts"] for w in used]),
+        clock=np.array([w["window"]["sm_clock_hz"] / boost_clock_hz for w in used]),
+        capped=np.array([bool(w["window"]["power_capped"]) for w in used]),
+    )
+
+
+def _work(window: Mapping[str, Any]) -> dict[str, float]:
+    """Work that the model counts its own way, as `operators` does."""
+    shape, kind = window["shape"], window["op_class"]
+    if kind == "gemm":
+        return {
+            "executed_flops": window["flops"],
+            "tiles": shape["m"] * shape["n"] / TILE**2,
+            "gemm_rows": shape["m"],
+            "gemm_columns": shape["n"],
+        }
+    if kind == "attention_prefill":
+        rows = np.ceil(shape["tokens"] / TILE) * TILE
+        pairs = shape["batch"] * (rows * shape["past"] + rows * (rows + TILE) / 2.0)
+        width = shape["head_dim"] + SOFTMAX_WIDTH
+        return {
+            "executed_flops": 4.0 * shape["heads"] * width * pairs,
+            "tiles": shape["batch"] * rows * shape["heads"] / TILE,
+        }
+    if kind == "attention_decode":
+        return {
+            "executed_flops": window["flops"],
+            "tiles": shape["batch"] * shape["kv_heads"],
+        }
+    if kind == "moe":
+        rows = window["details"]["expert_rows"]
+        width, hidden = shape["width"], shape["hidden"]
+        return {
+            "executed_flops": 6.0 * rows * width * hidden,
+            "tiles": rows * (2.0 * width + hidden) / TILE**2,
+        }
+    return {}

@@ -1,0 +1,230 @@
+"""Reads this project's own serving records (`serving.py` writes them) as measured rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.serving.engine import VLLM_ARGUMENTS
+from calibration.validation.rows import OWN, LeftOut, MeasuredRow, offline
+from energymodel.errors import EnergyModelError
+from energymodel.gpus import load_gpu
+from energymodel.models import model_from_config
+from energymodel.traces import Requests
+
+_KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+
+
+UNSTEADY_SPREAD = 2.0
+"""Ratio of p90 to p10 of a batch's decode steps beyond which its host was disturbed."""
+
+_MODELLED_ARGUMENTS = {
+    *VLLM_ARGUMENTS,
+    "block_size",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "tensor_parallel_size",
+}
+"""Arguments of vLLM's `LLM` class that the prediction knows, or that change neither time nor
+energy; a run with any other (speculative decoding, ...) is left out."""
+
+
+def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[LeftOut]]:
+    """Read the runs of files, or of every `*.jsonl` and `*.jsonl.gz` of a folder by name.
+
+    Raises
+    ------
+    EnergyModelError
+        If a file cannot be read or a record lacks what a run needs; names file and line.
+    """
+    rows: list[MeasuredRow] = []
+    reasons: Counter[str] = Counter()
+    for path in _files(source):
+        engines: dict[tuple[str, int], Mapping[str, Any]] = {}
+        for number, record in _records(path, reasons):
+            try:
+                if record["kind"] == "engine":
+                    engines[record["plan"], record["run"]] = record
+                elif record["kind"] in ("run", "steady"):
+                    item = _row(record, engines.get((record["plan"], record["run"])))
+                    if isinstance(item, str):
+                        reasons[item] += 1
+                    else:
+                        rows.append(item)
+                elif record["kind"] in ("error", "skipped", "exit"):
+                    reasons[f"not measured ({record['kind']})"] += 1
+            except (KeyError, TypeError, ValueError) as error:
+                raise EnergyModelError(
+                    f"{path}, line {number}: not a serving record as `energymodel measure` "
+                    f"writes it ({type(error).__name__}: {error})"
+                ) from error
+            except EnergyModelError as error:
+                raise EnergyModelError(f"{path}, line {number}: {error}") from error
+    return rows, [LeftOut(source=OWN, reason=r, rows=n) for r, n in sorted(reasons.items())]
+
+
+def read_idle(source: Path | Sequence[Path], gpu: str) -> list[tuple[str, float]]:
+    """Idle states (`context`, `polling`) of a GPU with an engine up, and their power [W]."""
+    found = []
+    for path in _files(source):
+        boards: dict[int, str] = {}
+        for _, record in _records(path, Counter()):
+            if record["kind"] == "engine":
+                boards[record["run"]] = record["identity"]["gpus"][0]["name"]
+            elif (
+                record["kind"] == "idle"
+                and record["window"]["valid"]
+                and load_gpu(boards[record["run"]]).name == gpu
+            ):
+                found.append((record["case"]["state"], float(record["watts"])))
+    return found
+
+
+def _files(source: Path | Sequence[Path]) -> list[Path]:
+    if isinstance(source, Path):
+        return sorted([*source.glob("*.jsonl"), *source.glob("*.jsonl.gz")])
+    return list(source)
+
+
+def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and records; lines cut off when a run was killed are counted, not used."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise EnergyModelError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            reasons["line cut off (the run was killed)"] += 1
+            continue
+        yield number, record
+
+
+def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> MeasuredRow | str:
+    """Turn a record of kind `run` or `steady` into a row, or say why it is none."""
+    if engine is None:
+        raise EnergyModelError("a run without the record of its engine before it")
+    if not record["window"]["valid"]:
+        return f"window not valid: {record['window']['invalid_reason']}"
+    asked = engine["run_plan"]["engine"]
+    if strange := sorted(set(asked) - _MODELLED_ARGUMENTS):
+        return f"engine argument that is not modelled: {', '.join(strange)}"
+    case, settings = record["case"], engine["settings"]
+    if settings.get("prefix_caching"):
+        return "engine with prefix caching, which is not modelled"
+    boards = engine["identity"]["gpus"]
+    gpu = load_gpu(boards[0]["name"]).name
+    model_name = Path(record["model"]).name.removesuffix(".json")
+    name = f"{model_name} {record['case_name'].removeprefix('static-').replace('-', ' ')}"
+    unsteady, ramp = False, None
+    if record["kind"] == "steady":
+        requests, ramp = _steady_requests(name, record)
+        phase = "saturated"
+    elif case["kind"] == "static":
+        unsteady = _unsteady(record["decode_step_seconds"])
+        requests = offline(name, [case["input_tokens"]] * case["batch"], case["output_tokens"])
+        phase = "prefill" if case["output_tokens"] == 1 else "batch"
+    else:
+        requests = _trace_requests(name, record["trace"])
+        phase = "trace"
+    return MeasuredRow(
+        source=OWN,
+        name=name,
+        gpu=gpu,
+        model=model_from_config(engine["config"], name=model_name),
+        model_name=model_name,
+        stack=record["stack"],
+        phase=phase,
+        batch=record.get("sequences", len(requests.input_tokens)),
+        requests=requests,
+        ramp=ramp,
+        options=_options(record["stack"], settings, asked, requests) | _in_flight(record),
+        joules_per_output_token=_per_token(record, "joules"),
+        seconds_per_output_token=_per_token(record, "seconds"),
+        mean_batch=record.get("mean_sequences"),
+        ttft_seconds=_median(record["ttft_seconds"]),
+        tpot_seconds=_median(record["tpot_seconds"]),
+        unsteady=unsteady,
+        note=f"weights: {settings.get('weights', 'unknown')}; plan {record['plan']}",
+    )
+
+
+def _per_token(record: Mapping[str, Any], what: str) -> float:
+    if record["kind"] == "steady":
+        return float(record[f"{what}_per_output_token"])
+    return float(record[f"{what}_per_repeat"] / record["output_tokens"])
+
+
+def _in_flight(record: Mapping[str, Any]) -> dict[str, int]:
+    return {"max_batch": record["sequences"]} if record["kind"] == "steady" else {}
+
+
+def _steady_requests(name: str, record: Mapping[str, Any]) -> tuple[Requests, Requests]:
+    """Two offline workloads whose difference is what was admitted in the window.
+
+    Both begin with what was admitted before it, and drain with as many requests as were in flight.
+    """
+    inputs = np.array(record["requests"]["input_tokens"], dtype=np.int64)
+    outputs = np.array(record["requests"]["output_tokens"], dtype=np.int64)
+    before, sequences = record["requests"]["before_window"], record["sequences"]
+    if before >= len(inputs):
+        raise EnergyModelError("no request was admitted in the window; measure for longer")
+    drain = np.resize(np.arange(before, len(inputs)), sequences)
+    whole = np.r_[0 : len(inputs), drain]
+    ramp = np.r_[0:before, drain]
+    return offline(name, inputs[whole], outputs[whole]), offline(name, inputs[ramp], outputs[ramp])
+
+
+def _trace_requests(name: str, trace: Mapping[str, Any]) -> Requests:
+    arrivals = np.array(trace["arrival_seconds"], dtype=float)
+    return Requests(
+        name=name,
+        arrival_seconds=arrivals - arrivals[0],
+        input_tokens=np.array(trace["input_tokens"], dtype=np.int64),
+        output_tokens=np.array(trace["output_tokens"], dtype=np.int64),
+    )
+
+
+def _median(spread: Mapping[str, float] | None) -> float | None:
+    return None if spread is None else spread["p50"]
+
+
+def _unsteady(decode_steps: Mapping[str, float] | None) -> bool:
+    if decode_steps is None:
+        return False
+    return decode_steps["p90"] > UNSTEADY_SPREAD * decode_steps["p10"]
+
+
+def _options(
+    stack: str, settings: Mapping[str, Any], asked: Mapping[str, Any], requests: Requests
+) -> dict[str, Any]:
+    """Arguments of `predict`: the engine's own settings, else what it was asked for."""
+    if stack == "transformers":
+        return {"max_batch": len(requests.input_tokens)}
+
+    def setting(name: str) -> Any:
+        value = settings.get(name)
+        return asked.get(name, VLLM_ARGUMENTS.get(name)) if value is None else value
+
+    cache = settings.get("kv_cache_dtype") or "auto"
+    if cache not in _KV_DTYPES:
+        raise EnergyModelError(f"KV cache of dtype {cache} is not modelled")
+    return {
+        "max_batch": int(setting("max_num_seqs")),
+        "max_step_tokens": setting("max_num_batched_tokens"),
+        "max_model_len": setting("max_model_len"),
+        "tensor_parallel": int(setting("tensor_parallel_size") or 1),
+        "kv_dtype": _KV_DTYPES[cache],
+    }

@@ -1,0 +1,464 @@
+"""The kernel suite as data: what is measured, with the work each case does.
+
+No torch here: the suite can be listed, costed and tested anywhere. Shapes are those of
+real models (`_WEIGHTS`, `_HEADS`, `_EXPERTS`: the published Hugging Face configs), so that
+whole shape families can be left out when the fit is cross-validated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from random import Random
+
+from energymodel.errors import ConfigurationError, unknown_name
+from energymodel.units import BYTES_PER_ELEMENT
+
+SUITES = ("quick", "full")
+OVERHEAD_SECONDS = 0.5
+"""Typical time of a case besides warm-up and window: buffers, capture, two half ticks."""
+COMPILE_SECONDS = 2.0
+"""Typical time to compile the two Triton kernels of one fused MoE configuration."""
+
+_BF16 = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel (or state) to measure, and the work of one iteration of it."""
+
+    name: str
+    """Unique and stable: results are resumed and compared by it."""
+    op_class: str
+    """Operator class as in `energymodel.operators`, or `copy`, `base`, `idle`, `decode_stack`."""
+    launcher: str
+    """Function of `calibration.kernels.launchers` that builds it."""
+    family: str
+    """Shape family, left out as a whole in cross-validation."""
+    dtype: str = "bf16"
+    shape: Mapping[str, float]
+    flops: float = 0.0
+    """Useful FLOPs; tile padding of fused MoE is found when it is launched."""
+    hbm_bytes: float = 0.0
+    """Bytes that must cross device memory: buffers are rotated over several times the L2 [B]."""
+    activation_bytes: float = 0.0
+    """Bytes of buffers that every iteration uses again; in L2 as far as they fit [B]."""
+    link_bytes: float = 0.0
+    priority: int = 1
+    """0 = in the quick suite too; higher ones are measured later."""
+    graph: bool = True
+    """Replayed from a CUDA graph; False = launched eagerly by the host."""
+    warmup_seconds: float = 0.4
+    repeat: int = 1
+    gpus: int = 1
+
+
+_WEIGHTS = {
+    "llama-3.1-8b.qkv": (6144, 4096),
+    "llama-3.1-8b.o": (4096, 4096),
+    "llama-3.1-8b.gate_up": (28672, 4096),
+    "llama-3.1-8b.down": (4096, 14336),
+    "llama-3.1-8b.lm_head": (128256, 4096),
+    "llama-3.2-1b.qkv": (3072, 2048),
+    "llama-3.2-1b.o": (2048, 2048),
+    "llama-3.2-1b.gate_up": (16384, 2048),
+    "llama-3.2-1b.down": (2048, 8192),
+    "llama-3.2-1b.lm_head": (128256, 2048),
+    "qwen3-14b.qkv": (7168, 5120),
+    "qwen3-14b.o": (5120, 5120),
+    "qwen3-14b.gate_up": (34816, 5120),
+    "qwen3-14b.down": (5120, 17408),
+    "qwen3-32b.qkv": (10240, 5120),
+    "qwen3-32b.o": (5120, 8192),
+    "qwen3-32b.gate_up": (51200, 5120),
+    "qwen3-32b.down": (5120, 25600),
+    "olmo-1b.qkv": (6144, 2048),
+}
+_ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_WHOLE = ("llama-3.1-8b.gate_up", "llama-3.1-8b.qkv")
+_QUICK_ROWS = (1, 16, 128, 512, 2048, 8192)
+_LOGIT_ROWS = (1, 8, 64, 256)
+
+_HEADS = {
+    "32x8x128": (32, 8, 128),  # Llama-3.1-8B
+    "32x4x128": (32, 4, 128),  # Qwen3-30B-A3B
+    "16x16x128": (16, 16, 128),  # OLMo-1B, OLMoE-1B-7B
+    "40x8x128": (40, 8, 128),  # Qwen3-14B
+    "32x8x64": (32, 8, 64),  # Llama-3.2-1B
+}
+_EXPERTS = {
+    # experts, experts per token, expert width, hidden size
+    "olmoe-1b-7b": (64, 8, 1024, 2048),
+    "qwen3-30b-a3b": (128, 8, 768, 2048),
+    "mixtral-8x7b": (8, 2, 14336, 4096),
+}
+_STACKS = {
+    # layers, hidden, query heads, KV heads, head width, MLP width, vocabulary
+    "llama-3.2-1b": (16, 2048, 32, 8, 64, 8192, 128256),
+    "llama-3.1-8b": (32, 4096, 32, 8, 128, 14336, 128256),
+}
+
+
+def _gemm(
+    family: str,
+    m: int,
+    *,
+    dtype: str = "bf16",
+    resident: bool = False,
+    priority: int = 1,
+) -> Case:
+    n, k = _WEIGHTS[family]
+    weights = n * k * BYTES_PER_ELEMENT[dtype]
+    passing = m * (k * BYTES_PER_ELEMENT[dtype] + n * _BF16)
+    flops = 2.0 * m * n * k
+    return Case(
+        name=f"gemm.{dtype}.{family}.m{m}{'.l2' if resident else ''}",
+        op_class="gemm",
+        launcher="gemm",
+        family=family,
+        dtype=dtype,
+        shape={"m": m, "n": n, "k": k, "resident": int(resident)},
+        flops=flops,
+        hbm_bytes=0.0 if resident else weights,
+        activation_bytes=passing + (weights if resident else 0.0),
+        priority=priority,
+        warmup_seconds=0.7 if m >= 512 else 0.4,
+    )
+
+
+def _gemms() -> Iterator[Case]:
+    for index, family in enumerate(_WEIGHTS):
+        if family.endswith("lm_head"):
+            rows: Iterable[int] = _LOGIT_ROWS
+        elif family in _WHOLE:
+            rows = _ROWS
+        else:  # every other row count, shifted from family to family, both ends covered
+            rows = sorted({1, 128, *_ROWS[index % 3 :: 3]})
+        for m in rows:
+            quick = family == _WHOLE[0] and m in _QUICK_ROWS
+            core = family in _WHOLE or m <= 128 or index % 2 == 0
+            yield _gemm(family, m, priority=0 if quick else 1 if core else 2)
+    for m in (1, 16, 128, 1024, 8192):
+        yield _gemm("llama-3.1-8b.gate_up", m, dtype="fp8", priority=1)
+        yield _gemm("qwen3-14b.down", m, dtype="fp8", priority=2)
+    for m in (128, 4096):
+        yield _gemm("llama-3.1-8b.gate_up", m, dtype="int8", priority=2)
+    for m in (1, 16, 128, 1024):
+        yield _gemm("llama-3.2-1b.qkv", m, resident=True, priority=1)
+        yield _gemm("llama-3.2-1b.o", m, resident=True, priority=2)
+
+
+def _decode(heads: str, batch: int, context: int, priority: int) -> Case:
+    query, kv, width = _HEADS[heads]
+    return Case(
+        name=f"decode.{heads}.b{batch}.c{context}",
+        op_class="attention_decode",
+        launcher="attention_decode",
+        family=heads,
+        shape={
+            "batch": batch,
+            "context": context,
+            "heads": query,
+            "kv_heads": kv,
+            "head_dim": width,
+        },
+        flops=4.0 * batch * context * query * width,
+        hbm_bytes=2.0 * batch * context * kv * width * _BF16,
+        activation_bytes=2.0 * batch * query * width * _BF16,
+        priority=priority,
+    )
+
+
+def _prefill(heads: str, batch: int, tokens: int, past: int, priority: int) -> Case:
+    query, kv, width = _HEADS[heads]
+    pairs = batch * (tokens * past + tokens * (tokens + 1) / 2.0)
+    return Case(
+        name=f"prefill.{heads}.b{batch}.t{tokens}" + (f".past{past}" if past else ""),
+        op_class="attention_prefill",
+        launcher="attention_prefill",
+        family=heads,
+        shape={
+            "batch": batch,
+            "tokens": tokens,
+            "past": past,
+            "heads": query,
+            "kv_heads": kv,
+            "head_dim": width,
+            "pairs": pairs,
+        },
+        flops=4.0 * pairs * query * width,
+        activation_bytes=batch
+        * _BF16
+        * width
+        * (2.0 * tokens * query + 2.0 * (tokens + past) * kv),
+        priority=priority,
+    )
+
+
+def _attentions() -> Iterator[Case]:
+    points = [
+        *((1, 512), (1, 4096), (1, 16384), (4, 1024), (8, 2048), (8, 16384), (16, 512)),
+        *((32, 128), (32, 1024), (64, 512), (64, 4096), (128, 1024), (256, 128), (256, 1024)),
+    ]
+    for index, (batch, context) in enumerate(points):
+        yield _decode("32x8x128", batch, context, 0 if index % 3 == 1 else 1)
+    others = [(1, 2048), (8, 1024), (32, 2048), (128, 512), (256, 2048)]
+    for heads in list(_HEADS)[1:]:
+        for index, (batch, context) in enumerate(others):
+            yield _decode(heads, batch, context, 1 if index % 2 == 0 else 2)
+    prompts = [(1, 128), (1, 512), (1, 2048), (1, 8192), (1, 16384), (4, 2048), (8, 512), (32, 128)]
+    for batch, tokens in prompts:
+        quick = (batch, tokens) in ((1, 512), (1, 2048), (1, 8192))
+        yield _prefill("32x8x128", batch, tokens, 0, 0 if quick else 1)
+    for heads in list(_HEADS)[1:]:
+        for index, (batch, tokens) in enumerate([(1, 1024), (1, 4096), (8, 512), (2, 8192)]):
+            yield _prefill(heads, batch, tokens, 0, 1 if index % 2 == 0 else 2)
+    for tokens, past in ((512, 2048), (512, 8192), (2048, 8192)):
+        yield _prefill("32x8x128", 1, tokens, past, 2)
+
+
+def _moe(model: str, tokens: int, kernel: str, skewed: bool, priority: int) -> Case:
+    experts, top_k, width, hidden = _EXPERTS[model]
+    per_expert = 3.0 * width * hidden
+    touched = experts * (1.0 - (1.0 - top_k / experts) ** tokens)
+    if kernel == "dense":  # one MLP of top_k expert widths: the same useful FLOPs
+        touched = top_k
+    passing = tokens * top_k * (3.0 * hidden + 3.0 * width) * _BF16
+    return Case(
+        name=f"moe.{kernel}.{model}.t{tokens}{'.skewed' if skewed else ''}",
+        op_class={"fused": "moe", "dense": "gemm_pair"}.get(kernel, f"moe_{kernel}"),
+        launcher=f"moe_{kernel}",
+        family=model,
+        shape={
+            "tokens": tokens,
+            "experts": experts,
+            "top_k": top_k,
+            "width": width,
+            "hidden": hidden,
+            "skewed": int(skewed),
+        },
+        flops=2.0 * tokens * top_k * per_expert,
+        hbm_bytes=touched * per_expert * _BF16,  # of the routing drawn: the launcher's count
+        activation_bytes=passing,
+        priority=priority,
+        graph=kernel != "loop",
+        warmup_seconds=0.7 if tokens >= 512 else 0.4,
+    )
+
+
+def _moes() -> Iterator[Case]:
+    tokens_of = {
+        "olmoe-1b-7b": (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096),
+        "qwen3-30b-a3b": (1, 4, 16, 64, 256, 1024, 4096),
+        "mixtral-8x7b": (1, 4, 16, 64, 256, 1024),
+    }
+    for model, all_tokens in tokens_of.items():
+        first = model == "olmoe-1b-7b"
+        for tokens in all_tokens:
+            quick = first and tokens in (1, 8, 64, 1024)
+            yield _moe(model, tokens, "fused", False, 0 if quick else 1)
+            if first or tokens in (1, 16, 256, 1024):
+                yield _moe(model, tokens, "dense", False, 0 if quick else 1)
+        for tokens in (16, 256, 1024):
+            yield _moe(model, tokens, "fused", True, 1 if tokens == 256 else 2)
+    for tokens in (1, 8, 64, 1024):
+        yield _moe("olmoe-1b-7b", tokens, "grouped", False, 1)
+        yield _moe("olmoe-1b-7b", tokens, "loop", False, 1)
+    for tokens in (16, 1024):
+        yield _moe("qwen3-30b-a3b", tokens, "grouped", False, 2)
+
+
+def _stacks() -> Iterator[Case]:
+    context = 512
+    for model, (layers, hidden, query, kv, width, mlp, vocab) in _STACKS.items():
+        per_layer = hidden * width * (2 * query + 2 * kv) + 3 * hidden * mlp
+        weights = (layers * per_layer + vocab * hidden) * _BF16
+        for batch in (1, 8, 64):
+            cache = 2.0 * layers * batch * context * kv * width * _BF16
+            for graph in (True, False):
+                yield Case(
+                    name=f"stack.{model}.b{batch}.{'graph' if graph else 'eager'}",
+                    op_class="decode_stack",
+                    launcher="decode_stack",
+                    family=model,
+                    shape={
+                        "batch": batch,
+                        "context": context,
+                        "layers": layers,
+                        "hidden": hidden,
+                        "heads": query,
+                        "kv_heads": kv,
+                        "head_dim": width,
+                        "mlp": mlp,
+                        "vocab": vocab,
+                    },
+                    flops=batch * (weights + 4.0 * layers * context * query * width),
+                    hbm_bytes=weights + cache,
+                    priority=0 if batch < 64 else 1,
+                    graph=graph,
+                )
+
+
+def _elementwise(kind: str, tokens: int, per_token: float, priority: int, **shape: float) -> Case:
+    traffic = tokens * per_token
+    rotated = traffic >= 2**20  # small buffers come from the kernel before: they are in L2
+    return Case(
+        name=f"elementwise.{kind}.t{tokens}",
+        op_class="elementwise",
+        launcher=kind,
+        family=kind,
+        shape={"tokens": tokens, "rotated": int(rotated), **shape},
+        hbm_bytes=traffic if rotated else 0.0,
+        activation_bytes=0.0 if rotated else traffic,
+        priority=priority,
+    )
+
+
+def _elementwises() -> Iterator[Case]:
+    hidden, mlp, vocab, query, kv, width = 4096, 14336, 128256, 32, 8, 128
+    for tokens in (8, 64, 1024, 8192):
+        level = 0 if tokens == 1024 else 1
+        late = level + 1
+        yield _elementwise("rms_norm", tokens, 2 * hidden * _BF16, level, hidden=hidden)
+        yield _elementwise("add_rms_norm", tokens, 4 * hidden * _BF16, level, hidden=hidden)
+        yield _elementwise("silu_and_mul", tokens, 3 * mlp * _BF16, level, width=mlp)
+        rotary = 2 * (query + kv) * width * _BF16
+        heads = {"heads": query, "kv_heads": kv, "head_dim": width}
+        yield _elementwise("rotary", tokens, rotary, late, **heads)
+        yield _elementwise("kv_write", tokens, 4 * kv * width * _BF16, late, **heads)
+        yield _elementwise("residual_add", tokens, 3 * hidden * _BF16, late, hidden=hidden)
+        yield _elementwise(
+            "embedding", tokens, 2 * hidden * _BF16, late, hidden=hidden, vocab=vocab
+        )
+    for rows in (1, 8, 64, 256):
+        for kind, per_logit in (("greedy", 10.0), ("random", 34.0)):
+            yield Case(
+                name=f"sampling.{kind}.r{rows}",
+                op_class="sampling",
+                launcher=f"sample_{kind}",
+                family=kind,
+                shape={"rows": rows, "vocab": vocab},
+                activation_bytes=per_logit * rows * vocab,
+                priority=1 if kind == "greedy" else 2,
+            )
+
+
+def _states() -> Iterator[Case]:
+    mib = 2**20
+    for kind, traffic in (("copy", 2.0), ("read", 1.0), ("write", 1.0)):
+        for size in (1024 * mib, 256 * mib):
+            yield Case(
+                name=f"copy.{kind}.hbm.{size // mib}mib",
+                op_class="copy",
+                launcher=f"copy_{kind}",
+                family=f"{kind}.hbm",
+                shape={"bytes": size, "rotated": 1},
+                hbm_bytes=traffic * size,
+                priority=0 if size == 1024 * mib else 2,
+            )
+        for size in (4 * mib, 16 * mib):
+            yield Case(
+                name=f"copy.{kind}.l2.{size // mib}mib",
+                op_class="copy",
+                launcher=f"copy_{kind}",
+                family=f"{kind}.l2",
+                shape={"bytes": size, "rotated": 0},
+                activation_bytes=traffic * size,
+                priority=0 if (kind, size) == ("copy", 4 * mib) else 1,
+            )
+    for elements in (32, 65536):
+        yield Case(
+            name=f"base.tiny.e{elements}",
+            op_class="base",
+            launcher="tiny",
+            family="tiny",
+            shape={"elements": elements},
+            activation_bytes=2.0 * elements * _BF16,
+            priority=0,
+        )
+    for kind, interval in (
+        ("cold", 0.0),
+        ("context", 0.0),
+        ("polling", 0.0),
+        ("sparse", 0.001),
+        ("sparse", 0.01),
+    ):
+        suffix = f".{interval * 1e3:g}ms" if interval else ""
+        yield Case(
+            name=f"idle.{kind}{suffix}",
+            op_class="idle",
+            launcher=f"idle_{kind}",
+            family="idle",
+            shape={"interval_seconds": interval},
+            priority=0,
+            graph=False,
+            warmup_seconds=0.3 if kind in ("cold", "polling") else 1.5,
+        )
+
+
+def _collectives() -> Iterator[Case]:
+    for size in (16 * 2**10, 128 * 2**10, 2**20, 8 * 2**20, 64 * 2**20, 512 * 2**20):
+        yield Case(
+            name=f"all_reduce.g2.{size // 1024}kib",
+            op_class="communication",
+            launcher="all_reduce",
+            family="all_reduce",
+            shape={"bytes": size, "gpus": 2},
+            link_bytes=float(size),  # ring: 2 (n - 1) / n of the buffer each way, n = 2
+            activation_bytes=2.0 * size,
+            priority=1,
+            graph=False,
+            gpus=2,
+        )
+
+
+def build_suite(name: str, *, gpus: int = 1) -> tuple[Case, ...]:
+    """All cases of a suite that `gpus` GPUs can run, in no particular order.
+
+    Raises
+    ------
+    ConfigurationError
+        If the suite is unknown.
+    """
+    if name not in SUITES:
+        raise ConfigurationError(unknown_name("suite", name, SUITES))
+    sources = (_gemms, _attentions, _moes, _stacks, _elementwises, _states, _collectives)
+    cases = [case for source in sources for case in source() if case.gpus <= gpus]
+    if name == "quick":
+        cases = [case for case in cases if case.priority == 0]
+    again = [c for i, c in enumerate(c for c in cases if c.priority == 0) if i % 4 == 0]
+    repeats = [replace(c, name=f"{c.name}.r2", repeat=2, priority=1) for c in again if c.graph]
+    return tuple(cases + repeats)
+
+
+def preheat_case() -> Case:
+    """Return a case that loads a GPU up to its power limit."""
+    return _gemm("llama-3.1-8b.gate_up", 4096)
+
+
+def ordered(cases: Iterable[Case], seed: int) -> tuple[Case, ...]:
+    """Measuring order: cold idle first, then by priority, classes mixed at random.
+
+    Within a priority every class is spread evenly over the time (stratified), so that a
+    run cut short has seen all classes, and slow drifts do not fall on one class alone.
+    """
+    random = Random(seed)
+    keyed: list[tuple[tuple[float, ...], Case]] = []
+    groups: dict[tuple[int, str], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.priority, case.op_class), []).append(case)
+    for (priority, _), members in sorted(groups.items()):
+        random.shuffle(members)
+        for rank, case in enumerate(members):
+            spread = (rank + random.random()) / len(members)
+            keyed.append(((_STATE_ORDER.get(case.launcher, 9), priority, spread), case))
+    return tuple(case for _, case in sorted(keyed, key=lambda pair: pair[0]))
+
+
+_STATE_ORDER = {"idle_cold": 0, "idle_context": 1}
+
+
+def estimated_seconds(case: Case, window_seconds: float) -> float:
+    """Wall time to expect of a case [s], for the progress bar and the time limit."""
+    compiling = COMPILE_SECONDS if case.launcher == "moe_fused" else 0.0
+    return case.warmup_seconds + window_seconds + OVERHEAD_SECONDS + compiling

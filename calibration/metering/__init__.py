@@ -1,0 +1,1 @@
+"""Meters a GPU: the energy counter, its windows, what else is on the board."""

@@ -1,0 +1,1 @@
+"""Measures serving stacks: plans, engines, cases, a server's client."""

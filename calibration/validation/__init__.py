@@ -1,0 +1,1 @@
+"""Checks predictions against measurements, own and public, and reports the errors."""
