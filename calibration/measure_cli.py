@@ -17,6 +17,7 @@ class MeasuredStack(str, Enum):  # noqa: UP042 - typer wants the str mixin
     vllm = "vllm"
     vllm_eager = "vllm-eager"
     transformers = "transformers"
+    transformers_compile = "transformers-compile"
 
 
 class MeasuredArrivals(str, Enum):  # noqa: UP042 - typer wants the str mixin

@@ -19,11 +19,11 @@ from calibration.metering.host_speed import host_speed
 from calibration.metering.recording import append_record
 from calibration.metering.windows import Reading, Window, read_jsonl
 from calibration.serving import cases as serving_cases
-from calibration.serving import engine as serving_engine
 from calibration.serving import run_plan as serving
 from calibration.serving import steady as serving_steady
+from calibration.serving import vllm_engine as serving_engine
 from calibration.serving.cases import metered, run_cases
-from calibration.serving.engine import RunLog, TimeUpError, VllmEngine
+from calibration.serving.engine import RunLog, TimeUpError
 from calibration.serving.plan import (
     Case,
     EngineRun,
@@ -34,6 +34,7 @@ from calibration.serving.plan import (
     requests_of,
 )
 from calibration.serving.run_plan import run_plan
+from calibration.serving.vllm_engine import VllmEngine
 from energymodel.errors import ConfigurationError, TraceError
 
 IDLE_WATTS = 110.0
@@ -451,7 +452,7 @@ def test_settings_that_the_version_lacks_are_none(
     vllm: tuple[VllmEngine, FakeVllm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, fake = vllm
-    monkeypatch.setattr(serving_engine, "_torch_settings", dict)
+    monkeypatch.setattr(serving_engine, "torch_settings", dict)
     fake.vllm_config.scheduler_config = types.SimpleNamespace(max_num_seqs=4)
     fake.vllm_config.compilation_config = types.SimpleNamespace()
     settings = engine.settings()

@@ -27,9 +27,10 @@ from calibration.serving.steady import measure_steady
 COUNTER_LAG_SECONDS = 0.04
 """How long after the work's end the counter is left alone, so that the tick holds all of it."""
 WARMUP_OUTPUT_TOKENS = 16
-_WARM_UP_TOKENS: dict[str, int | None] = {"transformers": None}
+_WARM_UP_TOKENS: dict[str, int | None] = {"transformers": None, "transformers-compile": None}
 """Output tokens of the warm-up by stack; None = all. Transformers' attention (cuDNN) plans anew
-for each KV length it meets for the first time, about 60 ms a step: it must have met them all."""
+for each KV length it meets for the first time, about 60 ms a step: it must have met them all. A
+static cache is as long as input and output together, and what is compiled depends on it."""
 CASE_OVERHEAD_SECONDS = 1.5
 """Warm-up and ticks of a case beside its window."""
 STEPS_KEPT = 6000
@@ -147,7 +148,7 @@ def _warm_up(
     outputs = requests.output_tokens[:count]
     if most_tokens is not None:
         outputs = np.minimum(outputs, most_tokens)
-    short = Requests(np.zeros(count), requests.input_tokens[:count], outputs)
+    short = Requests(np.zeros(count), requests.input_tokens[:count], outputs, top_p=requests.top_p)
     return engine.prepare(short, prompts[:count])
 
 

@@ -64,14 +64,14 @@ def write_plan(options: Options, out: Path, *, is_server: bool = False) -> Path:
         raise ConfigurationError("--steady needs an engine of its own; leave it out with --url")
     if options.speed <= 0:
         raise ConfigurationError(f"--speed must be above 0, not {options.speed:g}")
-    if options.stack == "transformers" and (options.trace or steady):
+    if options.stack.startswith("transformers") and (options.trace or steady):
         raise ConfigurationError(
-            "--stack transformers serves one batch at a time; use --batch, --input and --output"
+            f"--stack {options.stack} serves one batch at a time; use --batch, --input and --output"
         )
     arguments = _arguments(options.engine)
     if len(options.gpus) > 1 and not is_server:
-        if options.stack == "transformers":
-            raise ConfigurationError("--stack transformers runs on one GPU; give one --gpu")
+        if options.stack.startswith("transformers"):
+            raise ConfigurationError(f"--stack {options.stack} runs on one GPU; give one --gpu")
         arguments = {"tensor_parallel_size": len(options.gpus), **arguments}
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ A plan is a JSON file::
                 "case_sets": ["static", "conv"]}]
     }
 
-`engine` holds arguments of vLLM's `LLM` class, for all runs or for one. `budget_seconds` is
+`engine` holds arguments of vLLM's `LLM` class, for all runs or for one; the `model` of a
+`speculative_config` is named as that of a run. `budget_seconds` is
 what a run is sure to get; time that earlier runs leave goes to the next one. A trace is a CSV
 with the columns arrival_seconds, input_tokens, output_tokens, its path relative to the plan.
 """
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from energymodel.datafiles import data_path
 from energymodel.errors import ConfigurationError, TraceError, unknown_name
 
-STACKS = ("vllm", "vllm-eager", "transformers")
+STACKS = ("vllm", "vllm-eager", "transformers", "transformers-compile")
 TRACKERS = ("codecarbon",)
 KINDS = ("static", "trace", "steady", "idle", "experts")
 
@@ -64,12 +65,15 @@ class Case:
     """Length of an idle or steady case."""
     batches: tuple[int, ...] = ()
     """Batch sizes of an `experts` case."""
+    top_p: float = 0.0
+    """Share of probability to sample the next token from; 0 = greedy."""
 
     @property
     def name(self) -> str:
         """Short unique name of the case within its run."""
         if self.kind == "static":
-            return f"static-i{self.input_tokens}-o{self.output_tokens}-b{self.batch}"
+            sampled = f"-p{self.top_p:g}" if self.top_p else ""
+            return f"static-i{self.input_tokens}-o{self.output_tokens}-b{self.batch}{sampled}"
         if self.kind == "trace":
             rate = f"x{self.speed:g}" if self.arrivals == "own" else "offline"
             return f"trace-{Path(self.trace).stem}-{self.first or 'all'}-{rate}"
@@ -125,6 +129,8 @@ class Requests:
     output_tokens: NDArray[np.int64]
     left_out: int = 0
     """Requests of the trace that were too long for the case's limit."""
+    top_p: float = 0.0
+    """As of the case."""
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -226,6 +232,8 @@ def _case(raw: dict[str, Any], where: str) -> Case:
         raise ConfigurationError(f"{where}: 'state' of an idle case is context or polling")
     if case.kind == "experts" and not case.batches:
         raise ConfigurationError(f"{where}: an experts case needs 'batches', a list of sizes")
+    if not 0 <= case.top_p <= 1:
+        raise ConfigurationError(f"{where}: 'top_p' lies between 0 and 1, not {case.top_p:g}")
     if case.speed <= 0:
         raise ConfigurationError(f"{where}: 'speed' must be above 0, not {case.speed:g}")
     return case
@@ -293,6 +301,7 @@ def requests_of(case: Case, folder: Path) -> Requests:
             np.zeros(case.batch),
             np.full(case.batch, case.input_tokens),
             np.full(case.batch, case.output_tokens),
+            top_p=case.top_p,
         )
     arrival, inputs, outputs = _read_trace(folder / case.trace)
     fits = np.ones(len(arrival), dtype=bool)
@@ -311,6 +320,7 @@ def requests_of(case: Case, folder: Path) -> Requests:
         inputs[kept],
         outputs[kept],
         left_out=int(np.count_nonzero(~fits[: kept[-1]])),
+        top_p=case.top_p,
     )
 
 
