@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.costs import operator_totals
+from energymodel.costs import operator_totals, other_passes
 from energymodel.deployment import Deployment
 from energymodel.results import Timeline
 from energymodel.simulator import Simulation
@@ -16,6 +16,8 @@ from energymodel.simulator import Simulation
 Array = NDArray[np.float64]
 
 _ROUNDING = 1e-9  # of times that are sums over many steps
+DRAFT_PREFIX = "draft_"
+"""Before the names of a draft model's operators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,23 +80,31 @@ def add_up(
     def total(name: str) -> float:
         return float(weights @ np.array([run.totals[name] for run in runs]))
 
-    def sums(name: str) -> Array:
+    def sums(kind: int, name: str) -> Array:
+        counts = [getattr(run.passes[kind], name) for run in runs]
         result: Array = sum(
-            (w * getattr(run, name) for w, run in zip(weights, runs, strict=True)),
-            start=np.zeros_like(getattr(runs[0], name)),
+            (w * each for w, each in zip(weights, counts, strict=True)),
+            start=np.zeros_like(counts[0]),
         )
         return result
 
-    operators, work = operator_totals(
-        deployment.model,
-        deployment.serving,
-        deployment.gpu,
-        calibration,
-        token_steps=sums("token_steps"),
-        row_steps=sums("row_steps"),
-        attention_sums=sums("attention_sums"),
-        phase_steps=sums("phase_steps"),
-    )
+    operators: dict[str, dict[str, float]] = {}
+    work: dict[str, dict[str, float]] = {}
+    model, serving = deployment.model, deployment.serving
+    for kind, (other, settings) in enumerate([(model, serving), *other_passes(model, serving)]):
+        found = operator_totals(
+            other,
+            settings,
+            deployment.gpu,
+            calibration,
+            token_steps=sums(kind, "token_steps"),
+            row_steps=sums(kind, "row_steps"),
+            attention_sums=sums(kind, "attention_sums"),
+            phase_steps=sums(kind, "phase_steps"),
+        )
+        prefix = DRAFT_PREFIX if kind > 0 and serving.draft is not None else ""
+        named = [{prefix + name: parts for name, parts in own.items()} for own in found]
+        operators, work = merged(operators, named[0]), merged(work, named[1])
     wait = calibration.base_watts * (total("wait_seconds") + total("stretch_seconds"))
     prefill, decode = total("prefill_joules"), total("decode_joules")
     # under the power limit a jump's operator sums are products of means: close the sum exactly
@@ -122,6 +132,17 @@ def add_up(
         preemptions=round(total("preemptions")),
         throttled_seconds=total("throttled_seconds"),
     )
+
+
+def merged(*several: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Sums of nested numbers, key by key."""
+    result: dict[str, dict[str, float]] = {}
+    for one in several:
+        for name, parts in one.items():
+            entry = result.setdefault(name, {})
+            for part, value in parts.items():
+                entry[part] = entry.get(part, 0.0) + value
+    return result
 
 
 def _idle_watts(deployment: Deployment) -> float:

@@ -154,6 +154,10 @@ def _inputs(
         "max_model_len": deployment.max_model_len,
         "dtype": serving.weight_dtype,
         "kv_dtype": serving.kv_dtype,
+        "decoding": serving.decoding if serving.beams == 1 else f"beam:{serving.beams}",
+        "draft_model": None if serving.draft is None else serving.draft.model.name,
+        "draft_tokens": 0 if serving.draft is None else serving.draft.tokens,
+        "acceptance": None if serving.draft is None else serving.draft.acceptance,
         "binning": binning,
         "seed": seed,
     }

@@ -75,6 +75,8 @@ class StackCalibration:
     """GPU idle before the first step after a pause: no step runs while it is prepared."""
     request_host_seconds: float = 0.0
     """Host time to admit one request; overlaps the GPU's but in the first step after a pause."""
+    draft_host_seconds: float = 0.0
+    """Host time to prepare a pass of a draft model; overlaps the GPU's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,9 @@ def predict(
     model: Annotated[
         str, typer.Option(help="Bundled name, config.json, a folder with one, or a cached hub id.")
     ] = DEFAULT_MODEL,
-    stack: Annotated[str, typer.Option(help="vllm, vllm-eager or transformers.")] = DEFAULT_STACK,
+    stack: Annotated[
+        str, typer.Option(help="vllm, vllm-eager, transformers or transformers-compile.")
+    ] = DEFAULT_STACK,
     arrivals: Annotated[
         str, typer.Option(help="trace, offline (all at time 0) or poisson:RATE in requests/s.")
     ] = "trace",
@@ -125,6 +127,16 @@ def predict(
     ] = DEFAULT_DTYPE,
     kv_dtype: Annotated[
         str | None, typer.Option(help="KV cache: bf16, fp16 or fp8.", show_default="bf16")
+    ] = None,
+    decoding: Annotated[
+        str, typer.Option(help="greedy, sampling (top-p), or beam:N with --stack transformers.")
+    ] = "greedy",
+    draft_model: Annotated[
+        str | None, typer.Option(help="Model that drafts tokens, named as --model is.")
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens that it drafts a round.")] = None,
+    acceptance: Annotated[
+        float | None, typer.Option(help="Probability that a drafted token is accepted.")
     ] = None,
     binning: Annotated[str, typer.Option(help="exact, or paper for its ceiling bins.")] = "exact",
     pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
@@ -189,6 +201,10 @@ def predict(
             max_model_len=max_model_len,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            decoding=decoding,
+            draft_model=draft_model,
+            draft_tokens=draft_tokens,
+            acceptance=acceptance,
             binning=binning,
             pue=pue,
             grid=grid,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from energymodel.acceptance import expected_tokens
 from energymodel.calibrations import Calibration, StackCalibration
 from energymodel.errors import CapacityError, ConfigurationError, unknown_name
 from energymodel.operators import (
@@ -27,7 +28,7 @@ from energymodel.operators import (
     window_tokens,
 )
 from energymodel.roofline import OperatorCosts, operator_costs
-from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
+from energymodel.specs import Draft, GpuSpec, ModelSpec, ServingConfig
 from energymodel.units import GIB
 
 Array = NDArray[np.float64]
@@ -38,7 +39,7 @@ ATTENTION_STATS = (
     "prefill_pairs",
     "prefill_window_pairs",
 )
-_ROW_OPERATORS = ("logits", "sampling")
+_ROW_OPERATORS = ("logits", "sampling", "top_p", "beam_top_k")
 _RESERVED_BYTES = 1.5 * GIB  # CUDA context, graphs and workspaces of the engine (see docs/limits)
 
 
@@ -57,11 +58,17 @@ class CostTables:
     graph_tokens: NDArray[np.int64]
     """(largest graph + 1,) tokens after padding to a captured graph; empty without graphs."""
     host: Array
-    """(8,) host and gap seconds, see `simulator._step`."""
+    """(10,) host and gap seconds, see `host_seconds`."""
     limits: Array
     """(4,) base W, power limit W, clock-energy exponent, pipeline stages."""
     config: tuple[int, int, int, int, int]
     """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none)."""
+    beams: int = 1
+    draft_tokens: int = 0
+    tokens_per_round: float = 1.0
+    """Tokens that a decode step gives each sequence on average, more than 1 with drafts."""
+    others: tuple[CostTables, ...] = ()
+    """Tables of the passes in `other_passes`."""
 
 
 def cost_tables(
@@ -77,7 +84,9 @@ def cost_tables(
         If the calibration does not know the stack.
     """
     token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
-    longest = max(serving.max_step_tokens, serving.max_batch, *serving.graph_batch_sizes)
+    sequences = serving.max_batch * serving.beams
+    graphs = _graph_tokens(serving)
+    longest = max(serving.max_step_tokens, sequences, *serving.graph_batch_sizes)
     by_tokens = _costs(
         token_ops, step_stats(model, tokens=np.arange(longest + 1.0)), gpu, calibration
     )
@@ -85,20 +94,19 @@ def cost_tables(
         model, attention_ops, np.arange(longest + 1.0), gpu, calibration
     ).tables()
     by_tokens[0] = 0.0
-    rows = np.arange(serving.max_batch + 1.0)
+    rows = np.arange(sequences * serving.decode_queries + 1.0)
     by_rows = _costs(row_ops, step_stats(model, tokens=rows, rows=rows), gpu, calibration)
     by_rows += _attention_sequences(model, attention_ops, rows, gpu, calibration).tables()
     by_rows[0] = 0.0
     attention, phases = _attention_costs(model, attention_ops, gpu, calibration)
-    stack = stack_calibration(calibration, serving.stack)
-    graphs = serving.stack == "vllm"
+    stack, draft = stack_calibration(calibration, serving.stack), serving.draft
     return CostTables(
         tokens=by_tokens,
         rows=by_rows,
         attention=attention,
         phases=phases,
-        graph_tokens=_graph_padding(serving.graph_batch_sizes) if graphs else np.zeros(0, np.int64),
-        host=host_seconds(model, stack),
+        graph_tokens=graphs,
+        host=host_seconds(model, stack, draft),
         limits=np.array(
             [
                 calibration.base_watts,
@@ -114,13 +122,42 @@ def cost_tables(
             serving.block_tokens,
             window_tokens(model),
         ),
+        beams=serving.beams,
+        draft_tokens=0 if draft is None else draft.tokens,
+        tokens_per_round=1.0
+        if draft is None
+        else float(expected_tokens(draft.acceptance, draft.tokens)),
+        others=tuple(
+            cost_tables(*other, gpu, calibration) for other in other_passes(model, serving)
+        ),
     )
+
+
+def other_passes(
+    model: ModelSpec, serving: ServingConfig
+) -> tuple[tuple[ModelSpec, ServingConfig], ...]:
+    """What runs beside the steps of the model as served: (model, serving) of each kind of pass.
+
+    A draft model's first pass of a round, over the checked tokens and one more, and its further
+    ones; or, where only decode steps are compiled, the steps that compute prompts.
+    """
+    if serving.draft is not None:
+        alone = replace(serving, draft=None, decoding="greedy", decode_queries=1)
+        first = replace(alone, decode_queries=serving.draft.tokens + 2)
+        return (serving.draft.model, first), (serving.draft.model, alone)
+    if serving.stack == "transformers-compile":
+        return ((model, replace(serving, stack="transformers")),)
+    return ()
 
 
 def stack_calibration(calibration: Calibration, stack: str) -> StackCalibration:
     """The stack's parameters; ConfigurationError if the calibration has none."""
-    if stack not in calibration.stacks:
-        raise ConfigurationError(unknown_name("stack", stack, calibration.stacks))
+    known = [name for name in calibration.stacks if name in calibration.intervals]
+    if stack not in known:
+        raise ConfigurationError(
+            f"the calibration of {calibration.gpu} does not know the stack {stack}: "
+            + unknown_name("stack", stack, known)
+        )
     return calibration.stacks[stack]
 
 
@@ -133,7 +170,10 @@ def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
         If the weights leave no room; says how many GPUs would do.
     """
     room = _kv_room_bytes(model, serving, gpu)
-    blocks = int(room // (kv_bytes_per_token(model, serving) * serving.block_tokens))
+    per_token = kv_bytes_per_token(model, serving)
+    if serving.draft is not None:  # a block holds the tokens of both models
+        per_token += kv_bytes_per_token(serving.draft.model, serving)
+    blocks = int(room // (per_token * serving.block_tokens))
     if blocks < 1:
         have = serving.tensor_parallel * serving.pipeline_parallel
         enough = _enough_tensor_parallel(model, serving, gpu)
@@ -141,8 +181,10 @@ def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
         if enough is not None:
             gpus = enough * serving.pipeline_parallel
             hint = f"; {gpus} GPUs (--tensor-parallel {enough}) would do"
+        drafting = "" if serving.draft is None else f" with draft model {serving.draft.model.name}"
         raise CapacityError(
-            f"{model.name} needs {weight_bytes(model, serving) / GIB:.1f} GiB of weights and "
+            f"{model.name}{drafting} needs {_weight_bytes(model, serving) / GIB:.1f} GiB of "
+            "weights and "
             f"{_activation_bytes(model, serving) / GIB:.1f} GiB of activations per GPU on {have} x "
             f"{gpu.title}, which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
         )
@@ -156,7 +198,13 @@ def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
 def _kv_room_bytes(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> float:
     """Memory of one GPU beside weights, activations and the engine; negative if there is none."""
     usable = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES
-    return usable - _activation_bytes(model, serving) - weight_bytes(model, serving)
+    return usable - _activation_bytes(model, serving) - _weight_bytes(model, serving)
+
+
+def _weight_bytes(model: ModelSpec, serving: ServingConfig) -> float:
+    """Weights held by one GPU [B], a draft model's among them."""
+    drafts = 0.0 if serving.draft is None else weight_bytes(serving.draft.model, serving)
+    return weight_bytes(model, serving) + drafts
 
 
 def _enough_tensor_parallel(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int | None:
@@ -194,6 +242,8 @@ def operator_totals(
     totals = _Totals(base_watts=calibration.base_watts, joules={}, work={})
     for table, counts, stat in ((token_ops, token_steps, "tokens"), (row_ops, row_steps, "rows")):
         used = np.flatnonzero(counts[:, 0])
+        if not used.size:
+            continue
         size = used.astype(float)
         stats = step_stats(model, tokens=size, rows=size if stat == "rows" else 0.0)
         costs = operator_costs(table, stats, gpu, calibration)
@@ -339,14 +389,29 @@ def _attention_costs(
     return unit.tables(), np.maximum(fixed.tables(), 0.0)
 
 
-def _graph_padding(sizes: tuple[int, ...]) -> NDArray[np.int64]:
-    ordered = np.array(sorted(sizes))
+def _graph_tokens(serving: ServingConfig) -> NDArray[np.int64]:
+    """Tokens of a step after padding to a captured graph, by tokens; empty without graphs."""
+    if serving.stack == "transformers-compile":  # compiled anew for each batch
+        return np.arange(serving.max_batch * serving.beams + 1)
+    if serving.stack != "vllm":
+        return np.zeros(0, np.int64)
+    # rounded up to whole sequences of checked tokens (`adjust_cudagraph_sizes_for_spec_decode`)
+    queries, largest = serving.decode_queries, max(serving.graph_batch_sizes)
+    rounded = {-(-size // queries) * queries for size in serving.graph_batch_sizes}
+    ordered = np.array(sorted(size for size in rounded if size <= largest))
     return ordered[np.searchsorted(ordered, np.arange(ordered[-1] + 1))].astype(np.int64)
 
 
-def host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
-    """Host and gap seconds of a step, in the order of `CostTables.host`."""
+def host_seconds(model: ModelSpec, stack: StackCalibration, draft: Draft | None = None) -> Array:
+    """Host and gap seconds of a step, in the order of `CostTables.host`.
+
+    0 of a step in a captured graph, 1 of one with prompts (attention left out of the graph), 2 of
+    one that launches every kernel; 3 per sequence; 4 gap, 5 gap per sequence, 6 gap before a first
+    step, 7 per new prompt; 8 of a draft model's pass, attention left out of its graphs, 9 of one
+    that launches every kernel.
+    """
     layers = float(model.num_layers)
+    draft_layers = 0.0 if draft is None else float(draft.model.num_layers)
     return np.array(
         [
             stack.step_host_seconds,
@@ -357,5 +422,9 @@ def host_seconds(model: ModelSpec, stack: StackCalibration) -> Array:
             stack.sequence_gap_seconds,
             stack.start_gap_seconds,
             stack.request_host_seconds,
+            stack.draft_host_seconds
+            + stack.piecewise_kernels * draft_layers * stack.launch_seconds,
+            stack.draft_host_seconds
+            + stack.kernels_per_layer * draft_layers * stack.launch_seconds,
         ]
     )

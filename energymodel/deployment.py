@@ -15,6 +15,9 @@ from energymodel.specs import (
     DEFAULT_MAX_BATCH,
     DEFAULT_MODEL,
     DEFAULT_STACK,
+    STATIC_STACKS,
+    Decoding,
+    Draft,
     GpuSpec,
     ModelSpec,
     MoeSpec,
@@ -22,11 +25,13 @@ from energymodel.specs import (
 )
 from energymodel.units import BYTES_PER_ELEMENT, GIB
 
-STACKS = ("vllm", "vllm-eager", "transformers")
+STACKS = ("vllm", "vllm-eager", "transformers", "transformers-compile")
 """Serving stacks, as `--stack` takes them."""
 
 _WEIGHT_DTYPES = tuple(BYTES_PER_ELEMENT)
 _KV_DTYPES = ("bf16", "fp16", "fp8")
+_MOST_BEAMS = 64
+_MOST_DRAFT_TOKENS = 32
 _MOST_STEP_TOKENS = 2**18  # the cost tables hold a row for each; no engine comes near it
 
 
@@ -49,7 +54,7 @@ class Deployment:
     @property
     def static_batches(self) -> bool:
         """Whether a batch starts and ends together, as in Transformers' `generate`."""
-        return self.serving.stack == "transformers"
+        return self.serving.stack in STATIC_STACKS
 
     @property
     def kv_tokens(self) -> int:
@@ -75,6 +80,10 @@ def deploy(
     max_model_len: int | None = None,
     dtype: str = DEFAULT_DTYPE,
     kv_dtype: str | None = None,
+    decoding: str = "greedy",
+    draft_model: str | ModelSpec | None = None,
+    draft_tokens: int | None = None,
+    acceptance: float | None = None,
     calibration: str | Calibration | None = None,
 ) -> Deployment:
     """Load GPU, model and calibration, check the options against them, and cost every step.
@@ -99,6 +108,8 @@ def deploy(
     if max_step_tokens is None:
         max_step_tokens = _default_step_tokens(gpu_spec)
     _check_limits(max_batch, max_step_tokens, max_model_len)
+    strategy, beams = _decoding(decoding, stack)
+    draft = _draft(draft_model, draft_tokens, acceptance, model_spec, stack, tensor_parallel)
     serving = ServingConfig(
         stack=stack,  # type: ignore[arg-type]
         weight_dtype=dtype,
@@ -108,7 +119,12 @@ def deploy(
         max_batch=max_batch,
         max_step_tokens=max_step_tokens,
         max_model_len=max_model_len,
+        decoding=strategy,
+        beams=beams,
+        draft=draft,
+        decode_queries=1 if draft is None else draft.tokens + 1,
     )
+    _check_speculation(serving)
     fitted = _calibration(gpu_spec, calibration)
     try:
         costs = cost_tables(model_spec, serving, gpu_spec, fitted)
@@ -118,6 +134,92 @@ def deploy(
     return Deployment(
         gpu=gpu_spec, model=model_spec, serving=serving, calibration=fitted, costs=costs
     )
+
+
+def _decoding(decoding: str, stack: str) -> tuple[Decoding, int]:
+    """Strategy and beams from `greedy`, `sampling` or `beam:N`."""
+    if decoding in ("greedy", "sampling"):
+        return decoding, 1  # type: ignore[return-value]
+    name, _, number = decoding.partition(":")
+    if name != "beam" or not number.isdecimal() or not 1 <= int(number) <= _MOST_BEAMS:
+        raise ConfigurationError(
+            f"--decoding {decoding} is unknown; it is greedy, sampling or beam:N, N hypotheses "
+            f"from 1 to {_MOST_BEAMS}"
+        )
+    if int(number) == 1:
+        return "greedy", 1
+    if stack == "transformers":
+        return "beam", int(number)
+    why = (
+        "vLLM keeps no beams: it sends every hypothesis anew as a request, for each token"
+        if stack not in STATIC_STACKS
+        else "Transformers compiles no step of it"
+    )
+    raise ConfigurationError(
+        f"beam search is not modelled for --stack {stack} ({why}); use --stack transformers"
+    )
+
+
+def _draft(
+    model: str | ModelSpec | None,
+    tokens: int | None,
+    acceptance: float | None,
+    target: ModelSpec,
+    stack: str,
+    tensor_parallel: int,
+) -> Draft | None:
+    """The draft model, if there is one and it proposes anything."""
+    if model is None:
+        if tokens or acceptance is not None:
+            raise ConfigurationError(
+                "--draft-tokens and --acceptance say how a draft model does; name it with "
+                "--draft-model"
+            )
+        return None
+    if tokens is None or not 0 <= tokens <= _MOST_DRAFT_TOKENS:
+        given = "--draft-tokens is missing" if tokens is None else f"--draft-tokens {tokens}"
+        raise ConfigurationError(
+            f"{given}; with --draft-model it says how many tokens a round proposes, 0 (none) to "
+            f"{_MOST_DRAFT_TOKENS}"
+        )
+    if acceptance is None or not 0.0 <= acceptance <= 1.0:  # false for NaN as well
+        given = "--acceptance is missing" if acceptance is None else f"--acceptance {acceptance:g}"
+        raise ConfigurationError(
+            f"{given}; the probability that a drafted token is accepted lies between 0 and 1 and "
+            "follows from both models and the text: measure it, or try several"
+        )
+    if tokens == 0:
+        return None
+    if stack in STATIC_STACKS:
+        raise ConfigurationError(
+            f"--draft-model is modelled for vllm and vllm-eager, not for --stack {stack}"
+        )
+    draft = load_model(model) if isinstance(model, str) else model
+    if draft.vocab_size != target.vocab_size:
+        raise ConfigurationError(
+            f"the vocabularies of {target.name} ({target.vocab_size} tokens) and of its draft "
+            f"model {draft.name} ({draft.vocab_size}) differ; vLLM needs equal ones"
+        )
+    _check_parallel(draft, tensor_parallel, 1)
+    return Draft(model=draft, tokens=tokens, acceptance=acceptance)
+
+
+def _check_speculation(serving: ServingConfig) -> None:
+    """Refuse what vLLM cannot schedule with drafts, or what the simulation does not hold."""
+    if serving.draft is None:
+        return
+    if serving.draft.tokens > 0:
+        raise ConfigurationError("speculative decoding is not simulated yet")
+    if serving.pipeline_parallel > 1:
+        raise ConfigurationError("--draft-model is not modelled with --pipeline-parallel")
+    needed = serving.max_batch * (serving.decode_queries + 1)
+    if serving.max_step_tokens < needed:
+        raise ConfigurationError(
+            f"--max-step-tokens {serving.max_step_tokens} is too few for --max-batch "
+            f"{serving.max_batch} with {serving.draft.tokens} draft tokens: a round checks "
+            f"{serving.decode_queries} tokens of every sequence and keeps a slot more, {needed} in "
+            "all; raise the one or lower the other"
+        )
 
 
 def setup_warnings(deployment: Deployment) -> list[str]:

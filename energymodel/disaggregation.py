@@ -9,13 +9,12 @@ its own transfer only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.accounting import Served
+from energymodel.accounting import Served, merged
 from energymodel.deployment import Deployment
 from energymodel.errors import ConfigurationError
 from energymodel.operators import kv_bytes_per_token
@@ -98,9 +97,9 @@ def serve_disaggregated(
         first,
         finish_seconds=finish,
         request_joules=request_joules,
-        operators=_merged([first.operators, second.operators])
+        operators=merged(first.operators, second.operators)
         | {"kv_transfer": {"link": transferred}},
-        work=_merged([first.work, second.work]),
+        work=merged(first.work, second.work),
         timeline=None,
         prefill_joules=first.prefill_joules + transferred,
         decode_joules=first.decode_joules + second.prefill_joules + second.decode_joules,
@@ -123,14 +122,3 @@ def _transfer(requests: Requests, prefill: Deployment, decode: Deployment) -> tu
         prefill.calibration.joules_per_link_byte + decode.calibration.joules_per_link_byte
     )
     return np.asarray(per_gpu / bandwidth, np.float64), np.asarray(joules, np.float64)
-
-
-def _merged(both: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Sums of nested numbers, key by key."""
-    merged: dict[str, dict[str, float]] = {}
-    for one in both:
-        for name, parts in one.items():
-            entry = merged.setdefault(name, {})
-            for part, value in parts.items():
-                entry[part] = entry.get(part, 0.0) + value
-    return merged

@@ -23,7 +23,7 @@ from energymodel.bins import EXACT_GRID
 from energymodel.continuous_batching import SERVED, Replica, advance, new_done, new_replica
 from energymodel.deployment import Deployment
 from energymodel.errors import CapacityError, ConfigurationError
-from energymodel.simulator import Simulation, parameters
+from energymodel.simulator import Simulation, parameters, pass_counts
 from energymodel.step_costs import TOTALS, new_sums
 
 Array = NDArray[np.float64]
@@ -262,10 +262,7 @@ class _Group:
             first_token_seconds=np.zeros(0),
             finish_seconds=np.zeros(0),
             request_joules=np.zeros(0),
-            token_steps=self.sums[0],
-            row_steps=self.sums[1],
-            attention_sums=self.sums[2],
-            phase_steps=self.sums[3],
+            passes=(pass_counts(self.sums),),
             slices=self.sums[4],
             slice_seconds=float(self.sums[5][0]),
             totals=dict(zip(TOTALS, totals.tolist(), strict=True)),

@@ -12,13 +12,21 @@ the architectures: GQA (Ainslie et al. 2023), MLA (DeepSeek-V2, section 2.1), Sw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.specs import AttentionSpec, LayerGroup, MlpSpec, ModelSpec, MoeSpec, ServingConfig
+from energymodel.specs import (
+    STATIC_STACKS,
+    AttentionSpec,
+    LayerGroup,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    ServingConfig,
+)
 from energymodel.units import BYTES_PER_ELEMENT
 
 Array = NDArray[np.float64]
@@ -90,6 +98,28 @@ class _Operator:
     tiles: dict[str, float] | None = None
 
 
+_CHOICES: Mapping[tuple[str, bool], tuple[str, float, int]] = {
+    ("sampling", False): ("top_p", 52.0, 5),
+    ("sampling", True): ("top_p", 180.0, 16),
+    ("beam", True): ("beam_top_k", 40.0, 26),
+}
+"""What choosing a token launches beyond greedy decoding, by strategy and whether batches are
+static: name, bytes per logit in 32 bit, kernels.
+
+vLLM 0.22 without FlashInfer, 8 rows or more (`TopKTopPSampler.forward_native`, `random_sample`):
+division by the temperature 8, the Triton top-p filter (two passes that read, one that masks) 16,
+softmax 12, exponential draws 4, division by them 12.
+
+Transformers (`TopPLogitsWarper`, `multinomial`): temperature 8; the sort is a radix sort of 4-byte
+keys with 8-byte indices, a pass over the keys and four that read and write both, 100; softmax
+12, cumulative sum 8, comparison 5, scatter of the mask 10, fill 9, softmax 12, draws 16.
+
+Beam search in Transformers (`_beam_search`): log-softmax 12, addition of the beams' scores 8, top-k
+over beams x vocabulary 20 (four passes of a radix select and one that gathers); the rest are small
+kernels on a few numbers per beam.
+"""
+
+
 def compute_dtype(weight_dtype: str) -> str:
     """Dtype of the matrix units for a weight dtype: weight-only formats compute in bf16."""
     return {"int4": "bf16", "mxfp4": "bf16", "fp16": "fp16"}.get(weight_dtype, weight_dtype)
@@ -146,6 +176,7 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
     sequence_tiles = heads / 64.0 if spec.kind == "mla" else kv_heads
     pair_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim) * count
     softmax_flops = 4.0 * heads * SOFTMAX_WIDTH * count
+    queries = float(serving.decode_queries)  # share the keys and values that are read once
     yield _Operator(
         name="attention_prefill",
         op_class="attention_prefill",
@@ -161,11 +192,11 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         op_class="attention_decode",
         compute_dtype="bf16",
         calls=count,
-        flops={kv_stat: decode_flops * count},
-        executed_flops={kv_stat: decode_flops * count},
-        hbm_bytes={kv_stat: kv_elements * kv_bytes * count},
+        flops={kv_stat: decode_flops * count * queries},
+        executed_flops={kv_stat: decode_flops * count * queries},
+        hbm_bytes={kv_stat: kv_elements * kv_bytes * count * _cache_passes(spec, serving)},
         activation_bytes={"decode_sequences": (query + output) * _ACTIVATION_BYTES * count},
-        tiles={"decode_sequences": sequence_tiles * count},
+        tiles={"decode_sequences": sequence_tiles * count / queries},
     )
     # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
     rotary = 2.0 * (query + kv_elements) * _ACTIVATION_BYTES
@@ -173,13 +204,31 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
     yield _gemm("o_proj", hidden, output, count, dtype)
 
 
-def _elementwise(name: str, bytes_per_token: float, count: float, kernels: int) -> _Operator:
+def _cache_passes(spec: AttentionSpec, serving: ServingConfig) -> float:
+    """Times that a decode step moves the KV cache it attends to, over reading it once [-].
+
+    Transformers' `DynamicCache` appends by copying: reads and writes what attention reads. Beam
+    search puts the cache in the order of the beams (`index_select`): reads and writes it again.
+    With a static cache there is a mask, for which `sdpa_attention_forward` repeats keys and values
+    for every query head: one read, one write and one read of the repeated ones.
+    """
+    if serving.stack == "transformers":
+        return 5.0 if serving.beams > 1 else 3.0
+    if serving.stack == "transformers-compile" and spec.kind == "gqa":
+        repeats = spec.num_heads / spec.num_kv_heads
+        return 1.0 + 2.0 * repeats if repeats > 1.0 else 1.0
+    return 1.0
+
+
+def _elementwise(
+    name: str, bytes_each: float, count: float, kernels: int, per: str = "tokens"
+) -> _Operator:
     return _Operator(
         name=name,
         op_class="elementwise",
         compute_dtype="bf16",
         calls=count * kernels,
-        activation_bytes={"tokens": bytes_per_token * count},
+        activation_bytes={per: bytes_each * count},
     )
 
 
@@ -268,6 +317,9 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         calls=1.0,
         activation_bytes={"rows": model.vocab_size * _LOGIT_PASSES_BYTES},
     )
+    if (choice := _CHOICES.get((serving.decoding, serving.stack in STATIC_STACKS))) is not None:
+        name, bytes_per_logit, kernels = choice
+        yield _elementwise(name, model.vocab_size * bytes_per_logit, 1.0, kernels, per="rows")
 
 
 def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:
@@ -290,14 +342,10 @@ Counted in `modeling_llama.py` of Transformers 5, per element: a norm converts t
 averages, scales, converts back and weighs (36 B and 8 kernels), a residual is added (6 B); rotary
 multiplies, rotates, concatenates and adds (18 B); SiLU and the product pass 10 B.
 """
-_CACHE_PASSES = 3.0  # `DynamicCache` appends by copying: reads and writes what attention reads
 
 
 def _unfused(op: _Operator) -> _Operator:
     """Operator as eager Transformers runs it."""
-    if op.name == "attention_decode" and op.hbm_bytes is not None:
-        copied = {stat: _CACHE_PASSES * value for stat, value in op.hbm_bytes.items()}
-        return replace(op, hbm_bytes=copied)
     if op.name not in _UNFUSED or op.activation_bytes is None:
         return op
     traffic, kernels = _UNFUSED[op.name]

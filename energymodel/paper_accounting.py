@@ -100,7 +100,8 @@ def serve_in_batches(requests: Requests, deployment: Deployment) -> Served:
     for index, (input_tokens, output_tokens) in enumerate(cells):
         members = np.flatnonzero(member.ravel() == index)
         length = int(input_tokens + output_tokens)
-        batch = max(1, min(max_batch, blocks // -(-length // block)))
+        held = deployment.serving.beams * -(-length // block)  # blocks of a request
+        batch = max(1, min(max_batch, blocks // held))
         run = simulate(
             np.zeros(batch),
             np.full(batch, input_tokens),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.errors import ConfigurationError, TraceError
-from energymodel.specs import ServingConfig
+from energymodel.specs import STATIC_STACKS, ServingConfig
 from energymodel.trace_files import unpacked
 from energymodel.traces import Requests
 
@@ -41,8 +41,10 @@ def with_prefixes(requests: Requests, hit: float | str, serving: ServingConfig) 
         If `hit` is neither, the requests carry none, or the engine has no prefix cache.
     """
     share = as_hit(hit)
-    if share != 0.0 and serving.stack == "transformers":
-        raise ConfigurationError("the transformers stack has no prefix cache; use --prefix-hit 0")
+    if share != 0.0 and serving.stack in STATIC_STACKS:
+        raise ConfigurationError(
+            f"the {serving.stack} stack has no prefix cache; use --prefix-hit 0"
+        )
     if share == "trace":
         if requests.cached_tokens is None:
             raise ConfigurationError("--prefix-hit trace: no block ids were read from the trace")

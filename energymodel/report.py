@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from energymodel.results import BinEnergy, Percentiles, Prediction
+from energymodel.specs import STATIC_STACKS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -267,7 +268,7 @@ def setup_text(p: Prediction) -> str:
             parts.append(f"{key.replace('_', ' ')} {i[key]}")
     parts.append(i["stack"])
     parts.append(f"batch up to {i['max_batch']}")
-    if i["stack"] != "transformers":
+    if i["stack"] not in STATIC_STACKS:
         parts.append(f"{i['max_step_tokens']} tokens a step")
     if i["cached_input_tokens"]:
         share = share_text(i["cached_input_tokens"] / p.input_tokens)

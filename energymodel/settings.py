@@ -12,7 +12,13 @@ from energymodel.errors import ConfigurationError, unknown_name
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
 from energymodel.models import load_model
-from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MAX_BATCH, DEFAULT_MODEL, DEFAULT_STACK
+from energymodel.specs import (
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_BATCH,
+    DEFAULT_MODEL,
+    DEFAULT_STACK,
+    STATIC_STACKS,
+)
 from energymodel.units import BYTES_PER_ELEMENT
 
 
@@ -138,4 +144,4 @@ def deployment_key(setting: Setting) -> Setting:
 
 def only_exact(setting: Setting) -> bool:
     """Whether there is no estimate: static batches, and pools for prefill and decode."""
-    return setting.stack == "transformers" or setting.prefill_replicas > 0
+    return setting.stack in STATIC_STACKS or setting.prefill_replicas > 0

@@ -29,6 +29,20 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassCounts:
+    """How often passes of one kind ran, by what their cost depends on. Per GPU."""
+
+    token_steps: Array
+    """(tokens, 3) passes by table row: count, sum of 1/clock share, sum of core-energy factor."""
+    row_steps: Array
+    """(rows, 3) the same by rows of logits."""
+    attention_sums: Array
+    """(len(ATTENTION_STATS), 3) sums of the attention statistics, weighted the same way."""
+    phase_steps: Array
+    """(2, 3) passes with prefill and passes with decode attention."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """What one replica did, per GPU of it. Times from the first arrival [s], energies [J]."""
 
@@ -38,14 +52,8 @@ class Simulation:
     """(n,) when each request's last token was out."""
     request_joules: Array
     """(n,) active energy of each request."""
-    token_steps: Array
-    """(tokens, 3) steps by table row: count, sum of 1/clock share, sum of core-energy factor."""
-    row_steps: Array
-    """(rows, 3) the same by rows of logits."""
-    attention_sums: Array
-    """(len(ATTENTION_STATS), 3) sums of the attention statistics, weighted the same way."""
-    phase_steps: Array
-    """(2, 3) steps with prefill and steps with decode attention."""
+    passes: tuple[PassCounts, ...]
+    """Of the model as served, then of each of `costs.other_passes`."""
     slices: Array
     """(SLICES, 3) by slice of time: prefill joules, decode joules, seconds with requests in flight.
     What happens alike for many steps is spread evenly over their time."""
@@ -85,9 +93,18 @@ def simulate(
     inputs = np.ascontiguousarray(input_tokens, np.int64)
     outputs = np.ascontiguousarray(output_tokens, np.int64)
     sums = new_sums(len(costs.tokens), len(costs.rows))
+    others = tuple(
+        (*new_sums(len(other.tokens), len(other.rows))[:4], *sums[4:]) for other in costs.others
+    )
     if static_batches:
         totals = np.zeros(len(TOTALS))
-        static: tuple[Any, ...] = (arrival, inputs, outputs, *parameters(costs), sums, totals)
+        # prompts are computed as decode steps are, unless only those are compiled
+        whole_cache = len(costs.others) > 0
+        prompts, prompt_sums = (costs.others[0], others[0]) if whole_cache else (costs, sums)
+        static: tuple[Any, ...] = (
+            *(arrival, inputs, outputs, costs.beams, whole_cache),
+            *(tables_of(prompts), *parameters(costs), prompt_sums, sums, totals),
+        )
         first_token, finish, joules = serve_static_batches(*static)
     else:
         _check_budget(costs)
@@ -109,10 +126,7 @@ def simulate(
         first_token_seconds=first_token,
         finish_seconds=finish,
         request_joules=joules,
-        token_steps=sums[0],
-        row_steps=sums[1],
-        attention_sums=sums[2],
-        phase_steps=sums[3],
+        passes=tuple(pass_counts(each) for each in (sums, *others)),
         slices=sums[4],
         slice_seconds=float(sums[5][0]),
         totals=dict(zip(TOTALS, totals.tolist(), strict=True)),
@@ -121,8 +135,19 @@ def simulate(
 
 def parameters(costs: CostTables) -> tuple[Any, ...]:
     """Arguments of the compiled schedulers: tables, host, limits, config."""
-    tables = (costs.tokens, costs.rows, costs.attention, costs.phases, costs.graph_tokens)
-    return tables, costs.host, costs.limits, costs.config
+    return tables_of(costs), costs.host, costs.limits, costs.config
+
+
+def tables_of(costs: CostTables) -> tuple[Any, ...]:
+    """The tables that `step_costs.pass_parts` looks up."""
+    return costs.tokens, costs.rows, costs.attention, costs.phases, costs.graph_tokens
+
+
+def pass_counts(sums: tuple[Array, ...]) -> PassCounts:
+    """Counts of one kind of pass from the arrays of `new_sums`."""
+    return PassCounts(
+        token_steps=sums[0], row_steps=sums[1], attention_sums=sums[2], phase_steps=sums[3]
+    )
 
 
 def _cached(cached_tokens: Ints | None, inputs: Ints) -> Ints:

@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Origin = Literal["measured", "public-data", "datasheet"]
-Stack = Literal["vllm", "vllm-eager", "transformers"]
+Stack = Literal["vllm", "vllm-eager", "transformers", "transformers-compile"]
+Decoding = Literal["greedy", "sampling", "beam"]
+
+STATIC_STACKS: tuple[Stack, ...] = ("transformers", "transformers-compile")
+"""Stacks whose batches start and end together; the others batch continuously."""
 
 DEFAULT_MODEL = "llama-3.1-8b"
 DEFAULT_STACK: Stack = "vllm"
@@ -152,6 +156,17 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A small model that proposes tokens, which the served model checks (vLLM `draft_model`)."""
+
+    model: ModelSpec
+    tokens: int
+    """Tokens it proposes a round (vLLM `num_speculative_tokens`)."""
+    acceptance: float
+    """Probability that a proposed token is accepted, those before it being so [-]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
     """How the model is served. Defaults are vLLM V1's own for its offline `LLM` class."""
 
@@ -174,3 +189,10 @@ class ServingConfig:
         default=(1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
     )
     """Token counts with a captured CUDA graph; steps are padded up to the next one."""
+    decoding: Decoding = "greedy"
+    """How a token is chosen: the likeliest, drawn (temperature and top-p), or by beam search."""
+    beams: int = 1
+    """Hypotheses kept of each request; more than 1 with beam search only."""
+    draft: Draft | None = None
+    decode_queries: int = 1
+    """Tokens of each decoding sequence in a step: 1 + draft tokens where drafts are checked."""

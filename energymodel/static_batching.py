@@ -1,7 +1,12 @@
 """Static batches, compiled: padded to the longest prompt and output, one after another.
 
 A batch takes the requests that have arrived, in order, up to the most sequences allowed and to what
-the KV cache holds when all are padded to the longest.
+the KV cache holds when all are padded to the longest. With beam search each request is as many
+sequences as there are beams, its prompt included: `generate` expands its inputs before it computes
+them.
+
+A static cache (`whole_cache`) is as long as the longest batch so far needs: I + O - 1 tokens. Every
+decode step attends to all of it.
 """
 
 from __future__ import annotations
@@ -24,11 +29,17 @@ from energymodel.step_costs import (
 
 @compiled
 def serve_static_batches(  # type: ignore[no-untyped-def]
-    arrival, inputs, outputs, tables, host, limits, config, sums, totals
-):
-    """Serve requests in order of arrival; returns first token s, finish s and J by request."""
+    arrival, inputs, outputs, beams, whole_cache, prompt_tables, tables, host, limits, config,
+    prompt_sums, sums, totals
+):  # fmt: skip
+    """Serve requests in order of arrival; returns first token s, finish s and J by request.
+
+    prompt_tables, prompt_sums : costs and counts of the steps that compute prompts; `tables` and
+    `sums` of those that decode
+    """
     max_batch, window = config[0], config[4]
     kv_tokens = config[2] * config[3]
+    cache = 0
     n = arrival.shape[0]
     first_token = np.zeros(n)
     finish = np.zeros(n)
@@ -44,16 +55,20 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
         while stop < n and stop - start < max_batch and arrival[stop] <= totals[NOW]:
             padded_input = max(longest_input, inputs[stop])
             padded_output = max(longest_output, outputs[stop])
-            if stop > start and (stop - start + 1) * (padded_input + padded_output) > kv_tokens:
+            padded = beams * (padded_input + padded_output)
+            if stop > start and (stop - start + 1) * padded > kv_tokens:
                 break  # the padded batch would not fit the KV cache
             longest_input, longest_output = padded_input, padded_output
             stop += 1
-        batch = stop - start
+        batch = (stop - start) * beams
+        cache = max(cache, longest_input + longest_output - 1)
         before = totals[PRE_J] + totals[DEC_J]
         full, cut = pairs(0.0, float(longest_input), float(window))
         att = (0.0, 0.0, full * batch, cut * batch)
-        first = step_cost(batch * longest_input, batch, att, batch, 0, True, tables, host, limits)
-        account(1, first, first, att, att, batch, 0, sums, totals)
+        first = step_cost(
+            batch * longest_input, batch, att, batch, 0, True, prompt_tables, host, limits
+        )
+        account(1, first, first, att, att, batch, 0, prompt_sums, totals)
         for r in range(start, stop):
             first_token[r] = totals[NOW]
         done = 1
@@ -63,10 +78,13 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
             if window > 0 and context < window:
                 k = min(k, window - context)
             while True:
-                near = float(batch * min(context, window)) if window > 0 else 0.0
-                far = float(batch * min(context + k - 1, window)) if window > 0 else 0.0
-                att = (float(batch * context), near, 0.0, 0.0)
-                att_last = (float(batch * (context + k - 1)), far, 0.0, 0.0)
+                seen, last_seen = context, context + k - 1
+                if whole_cache:
+                    seen = last_seen = cache
+                near = float(batch * min(seen, window)) if window > 0 else 0.0
+                far = float(batch * min(last_seen, window)) if window > 0 else 0.0
+                att = (float(batch * seen), near, 0.0, 0.0)
+                att_last = (float(batch * last_seen), far, 0.0, 0.0)
                 first = step_cost(batch, batch, att, 0, batch, False, tables, host, limits)
                 last = step_cost(batch, batch, att_last, 0, batch, False, tables, host, limits)
                 if k > 1 and first[HOST_BOUND] != last[HOST_BOUND]:

@@ -91,21 +91,14 @@ def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # typ
 
 
 @compiled
-def step_cost(  # type: ignore[no-untyped-def]
-    tokens, rows, att, prefills, decodes, starting, tables, host, limits
-):
-    """Cost of one step.
+def pass_parts(tokens, rows, att, prefills, decodes, tables, pipeline):  # type: ignore[no-untyped-def]
+    """Costs of one pass through a model, by what they depend on.
 
-    tokens, rows : tokens and rows of logits; att : the four attention statistics, a tuple;
-    prefills, decodes : sequences of each kind; starting : nothing ran before, so that nothing
-    overlaps the preparation; tables, host, limits : of `costs.CostTables`
-
-    Returns a tuple, see the names above: total s, GPU s, clock share, core-energy factor,
-    decode J (attention left out), decode attention J, prefill J (attention left out), prefill
-    attention J, stretched s, table row, row-table row, whether the host is slower than the GPU.
+    Arguments as in `step_cost`. Returns the four numbers of a table row (memory s, compute s, fixed
+    J, core J) of tokens, of rows of logits, of decode and of prefill attention; then the table
+    row, the row-table row, and whether a captured graph runs the pass.
     """
     token_table, row_table, att_table, phase_table, graph_tokens = tables
-    base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
     share = int(np.ceil(tokens / pipeline))
     row_index = min(int(np.ceil(rows / pipeline)), row_table.shape[0] - 1)
     in_graph = share < graph_tokens.shape[0]
@@ -132,6 +125,35 @@ def step_cost(  # type: ignore[no-untyped-def]
         p1 = phase_table[0, 1] + a * att_table[2, 1] + b * att_table[3, 1]
         p2 = phase_table[0, 2] + a * att_table[2, 2] + b * att_table[3, 2]
         p3 = phase_table[0, 3] + a * att_table[2, 3] + b * att_table[3, 3]
+    return (
+        (t0, t1, t2, t3),
+        (r0, r1, r2, r3),
+        (d0, d1, d2, d3),
+        (p0, p1, p2, p3),
+        index,
+        row_index,
+        in_graph,
+    )
+
+
+@compiled
+def step_cost(  # type: ignore[no-untyped-def]
+    tokens, rows, att, prefills, decodes, starting, tables, host, limits
+):
+    """Cost of one step.
+
+    tokens, rows : tokens and rows of logits; att : the four attention statistics, a tuple;
+    prefills, decodes : sequences of each kind; starting : nothing ran before, so that nothing
+    overlaps the preparation; tables, host, limits : of `costs.CostTables`
+
+    Returns a tuple, see the names above: total s, GPU s, clock share, core-energy factor,
+    decode J (attention left out), decode attention J, prefill J (attention left out), prefill
+    attention J, stretched s, table row, row-table row, whether the host is slower than the GPU.
+    """
+    base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
+    t, r, d, p, index, row_index, in_graph = pass_parts(
+        tokens, rows, att, prefills, decodes, tables, pipeline
+    )
     # host: 0 graph step, 1 piecewise step, 2 eager step, 3 per sequence, 4 gap, 5 gap per
     # sequence, 6 gap of a first step, 7 host per new prompt
     host_seconds = host[3] * rows
@@ -147,22 +169,23 @@ def step_cost(  # type: ignore[no-untyped-def]
     else:
         host_seconds += host[7] * prefills
     x, g, gpu, stretched = _clock(
-        t0 + r0 + d0 + p0, t1 + r1 + d1 + p1, t2 + r2 + d2 + p2, t3 + r3 + d3 + p3,
+        t[0] + r[0] + d[0] + p[0], t[1] + r[1] + d[1] + p[1],
+        t[2] + r[2] + d[2] + p[2], t[3] + r[3] + d[3] + p[3],
         host_seconds, gap, base, cap, exponent,
     )  # fmt: skip
     total = max(gpu, host_seconds) + gap
     rest = base * (total - gpu + stretched)
-    by_token = (t2 + t3 * g + base * (t0 + t1 / x) + rest) / tokens
-    by_row = (r2 + r3 * g + base * (r0 + r1 / x)) / rows
+    by_token = (t[2] + t[3] * g + base * (t[0] + t[1] / x) + rest) / tokens
+    by_row = (r[2] + r[3] * g + base * (r[0] + r[1] / x)) / rows
     return (
         total,
         gpu,
         x,
         g,
         (by_token + by_row) * decodes,
-        d2 + d3 * g + base * (d0 + d1 / x),
+        d[2] + d[3] * g + base * (d[0] + d[1] / x),
         by_token * (tokens - decodes) + by_row * (rows - decodes),
-        p2 + p3 * g + base * (p0 + p1 / x),
+        p[2] + p[3] * g + base * (p[0] + p[1] / x),
         stretched,
         index,
         row_index,

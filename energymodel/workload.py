@@ -59,6 +59,10 @@ def predict(
     max_model_len: int | None = None,
     dtype: str = DEFAULT_DTYPE,
     kv_dtype: str | None = None,
+    decoding: str = "greedy",
+    draft_model: str | ModelSpec | None = None,
+    draft_tokens: int | None = None,
+    acceptance: float | None = None,
     binning: str = "exact",
     pue: float = 1.0,
     grid: str | float | None = None,
@@ -82,7 +86,8 @@ def predict(
     model : str or ModelSpec
         Bundled name, `config.json`, a folder that holds one, or a cached Hugging Face id.
     stack : str
-        `vllm`, `vllm-eager` (no CUDA graphs) or `transformers` (static batches).
+        `vllm`, `vllm-eager` (no CUDA graphs), `transformers` (static batches) or
+        `transformers-compile` (with a static cache and compiled decode steps).
     arrivals : str
         `trace`, `offline` (all requests at time 0) or `poisson:RATE` [requests/s].
     prefix_hit : float or str
@@ -102,6 +107,14 @@ def predict(
         Stored dtype of the weights: bf16, fp16, fp32, fp8, int8, int4 or mxfp4.
     kv_dtype : str, optional
         Stored dtype of the KV cache: bf16 (if not given), fp16 or fp8.
+    decoding : str
+        `greedy`, `sampling` (temperature and top-p) or `beam:N` (Transformers).
+    draft_model : str or ModelSpec, optional
+        Model that drafts tokens for vLLM to check (speculative decoding).
+    draft_tokens : int, optional
+        Tokens that it drafts a round; 0 for none.
+    acceptance : float, optional
+        Probability that a drafted token is accepted, those before it being so [-].
     binning : str
         `exact`, or `paper` for the paper's ceiling bins and its accounting N/B x E_batch.
     pue : float
@@ -152,6 +165,10 @@ def predict(
         max_model_len=max_model_len,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        decoding=decoding,
+        draft_model=draft_model,
+        draft_tokens=draft_tokens,
+        acceptance=acceptance,
         calibration=calibration,
     )
     if isinstance(trace, str):
@@ -222,11 +239,15 @@ def _check_lengths(requests: Requests, deployment: Deployment) -> None:
             f"({longest}). Use a model with a longer context, drop those rows, or set "
             f"--max-model-len {total[worst]} to compute it all the same."
         )
-    if total[worst] > deployment.kv_tokens:
+    serving = deployment.serving
+    beams = f", on {serving.beams} beams" if serving.beams > 1 else ""
+    # drafts are written beside the tokens that were accepted: those checked and those proposed
+    held = serving.beams * total[worst] + 2 * (serving.decode_queries - 1)
+    if held > deployment.kv_tokens:
         raise CapacityError(
             f"{requests.name}: a request does not fit the KV cache of {deployment.kv_tokens} "
             f"tokens that {deployment.model.name} leaves room for on "
-            f"{deployment.gpus_per_replica} x {deployment.gpu.title} ({longest}); raise "
+            f"{deployment.gpus_per_replica} x {deployment.gpu.title} ({longest}{beams}); raise "
             "--tensor-parallel, or use --kv-dtype fp8 or a smaller --dtype"
         )
 

@@ -8,6 +8,7 @@ from energymodel.calibrations import (
     KernelCalibration,
     StackCalibration,
 )
+from energymodel.deployment import STACKS
 from energymodel.specs import AttentionSpec, GpuSpec, LayerGroup, MlpSpec, ModelSpec, MoeSpec
 
 
@@ -129,8 +130,8 @@ def calibration(**changes: object) -> Calibration:
         "power_cap_watts": 1e6,
         "clock_energy_exponent": 1.5,
         "kernels": {name: ideal_kernel() for name in KERNEL_CLASSES},
-        "stacks": {name: stack for name in ("vllm", "vllm-eager", "transformers")},
-        "intervals": {name: interval for name in ("vllm", "vllm-eager", "transformers")},
+        "stacks": dict.fromkeys(STACKS, stack),
+        "intervals": dict.fromkeys(STACKS, interval),
         "provenance": {},
     }
     return Calibration(**(values | changes))  # type: ignore[arg-type]

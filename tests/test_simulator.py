@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from shapes import calibration, gpu, tiny
 
 from energymodel.costs import CostTables, cost_tables, operator_totals
 from energymodel.operators import operator_table
-from energymodel.simulator import Simulation, simulate
+from energymodel.simulator import PassCounts, Simulation, simulate
 from energymodel.specs import ModelSpec, ServingConfig
 
 SMALL = ServingConfig(max_batch=4, max_step_tokens=64, graph_batch_sizes=(1, 2, 4, 8, 16))
@@ -55,6 +56,11 @@ def run(
     )
     assert result is not None
     return result, costs
+
+
+def counted(result: Simulation, kind: int = 0) -> dict[str, Any]:
+    """Arguments of `operator_totals`."""
+    return {f.name: getattr(result.passes[kind], f.name) for f in fields(PassCounts)}
 
 
 def ordered(triples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
@@ -216,10 +222,7 @@ def test_operators_add_up_to_the_active_energy(triples: list[tuple[float, int, i
         SMALL,
         gpu(),
         fitted,
-        token_steps=result.token_steps,
-        row_steps=result.row_steps,
-        attention_sums=result.attention_sums,
-        phase_steps=result.phase_steps,
+        **counted(result),
     )
     total = sum(sum(parts.values()) for parts in operators.values())
     waiting = fitted.base_watts * result.totals["wait_seconds"]
@@ -237,10 +240,7 @@ def test_work_of_operators_is_that_of_their_tokens_and_steps() -> None:
         SMALL,
         gpu(),
         calibration(),
-        token_steps=result.token_steps,
-        row_steps=result.row_steps,
-        attention_sums=result.attention_sums,
-        phase_steps=result.phase_steps,
+        **counted(result),
     )
     table = operator_table(model, SMALL)
     by_name = dict(zip(table.names, table.flops, strict=True))

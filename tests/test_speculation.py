@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from energymodel.acceptance import break_even_acceptance, expected_tokens
 from energymodel.deployment import Deployment, deploy
 from energymodel.errors import ConfigurationError
-from energymodel.speculation import break_even_acceptance, decode_costs, expected_tokens
+from energymodel.speculation import decode_costs
 from energymodel.traces import Requests
 from energymodel.workload import predict
 

@@ -15,7 +15,7 @@ from shapes import calibration, gpu, ideal_kernel, llama_8b, tiny
 
 import energymodel
 from energymodel.calibrations import Calibration, StackCalibration
-from energymodel.deployment import deploy
+from energymodel.deployment import STACKS, deploy
 from energymodel.errors import (
     CapacityError,
     ConfigurationError,
@@ -26,10 +26,9 @@ from energymodel.errors import (
 from energymodel.naive import load_naive_rules
 from energymodel.results import Prediction
 from energymodel.settings import Setting
+from energymodel.specs import STATIC_STACKS
 from energymodel.traces import DroppedRows, Requests
 from energymodel.workload import predict
-
-STACKS = ("vllm", "vllm-eager", "transformers")
 
 
 def trace(*rows: tuple[float, int, int], **changes: Any) -> Requests:
@@ -297,6 +296,7 @@ setups = st.fixed_dictionaries(
         "max_step_tokens": st.sampled_from([64, 256]),
         "dtype": st.sampled_from(["bf16", "fp8", "int4"]),
         "kv_dtype": st.sampled_from([None, "fp8"]),
+        "decoding": st.sampled_from(["greedy", "sampling"]),
     }
 )
 shapes = st.sampled_from([tiny(), tiny(experts=8), tiny(window=50), tiny(experts=4, window=100)])
@@ -372,7 +372,7 @@ def test_parts_add_up(rows: Any, setup: dict[str, Any], model: Any, limited: boo
     fitted = calibration(power_cap_watts=cap, **slow)
     result = predict(requests, gpu=gpu(), model=model, calibration=fitted, **setup)
     check_parts(result, requests)
-    idle_watts = 70.0 if setup["stack"] == "transformers" else 110.0
+    idle_watts = 70.0 if setup["stack"] in STATIC_STACKS else 110.0
     idle = result.wall_seconds * result.replicas - result.busy_seconds
     group = setup["tensor_parallel"] * setup["pipeline_parallel"]
     assert result.idle_joules == pytest.approx(idle * idle_watts * group, rel=1e-6, abs=1e-6)

@@ -46,7 +46,7 @@ from energymodel.deployment import STACKS, Deployment, deploy
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
 from energymodel.simulator import simulate
-from energymodel.specs import GpuSpec
+from energymodel.specs import STATIC_STACKS, GpuSpec
 
 Array = NDArray[np.float64]
 
@@ -85,8 +85,10 @@ PARAMETERS: tuple[Parameter, ...] = (
     _stack("piecewise_kernels", "vllm", start=2.0, prior=1.0),
     _stack("launch_seconds", "vllm-eager", start=4e-5),
     # 20.3 ms a decode step of lengths met before (llama-3.2-1b) over its 16 layers of 70 kernels
-    _stack("launch_seconds", "transformers", start=1.8e-5, prior=0.05),
-    _stack("start_gap_seconds", "transformers", start=5e-3, prior=1.0),
+    _stack("launch_seconds", "transformers", "transformers-compile", start=1.8e-5, prior=0.05),
+    _stack("start_gap_seconds", "transformers", "transformers-compile", start=5e-3, prior=1.0),
+    _stack("step_host_seconds", "transformers-compile", start=3e-3, prior=1.0),
+    _stack("draft_host_seconds", "vllm", "vllm-eager", start=5e-4, prior=1.0),
     # kernel seconds: other boards' tables are a good start
     Parameter(paths=("kernel_gap_seconds",), prior=1.0, start=1e-6),
     Parameter(paths=("kernels.gemm.compute_efficiency",), prior=0.15, high=1.3),
@@ -201,7 +203,9 @@ def simulated(
             tables[id(d)] = cost_tables(d.model, d.serving, d.gpu, calibration)
         if id(d) not in current:
             stack = calibration.stacks[d.serving.stack]
-            current[id(d)] = replace(tables[id(d)], host=host_seconds(d.model, stack))
+            current[id(d)] = replace(
+                tables[id(d)], host=host_seconds(d.model, stack, d.serving.draft)
+            )
         requests = run.row.requests
         result = simulate(
             requests.arrival_seconds,
@@ -336,7 +340,7 @@ def usable(row: MeasuredRow, gpu: str) -> bool:
     attention anew for each length of KV cache that it has not met (about 60 ms a step): batches
     that were metered while it did are no steady state.
     """
-    planning_attention = row.stack == "transformers" and row.unsteady
+    planning_attention = row.stack in STATIC_STACKS and row.unsteady
     return row.gpu == gpu and row.ramp is None and not planning_attention
 
 

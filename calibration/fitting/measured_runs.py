@@ -13,9 +13,11 @@ import numpy as np
 
 from calibration.serving.engine import VLLM_ARGUMENTS
 from calibration.validation.rows import OWN, LeftOut, MeasuredRow, offline
+from energymodel.acceptance import break_even_acceptance
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
-from energymodel.models import model_from_config
+from energymodel.models import load_model, model_from_config
+from energymodel.specs import STATIC_STACKS
 from energymodel.traces import Requests
 
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
@@ -31,10 +33,11 @@ _MODELLED_ARGUMENTS = {
     "kv_cache_dtype",
     "max_model_len",
     "max_num_batched_tokens",
+    "speculative_config",
     "tensor_parallel_size",
 }
 """Arguments of vLLM's `LLM` class that the prediction knows, or that change neither time nor
-energy; a run with any other (speculative decoding, ...) is left out."""
+energy; a run with any other is left out."""
 
 
 def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[LeftOut]]:
@@ -124,6 +127,10 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
     case, settings = record["case"], engine["settings"]
     if settings.get("prefix_caching"):
         return "engine with prefix caching, which is not modelled"
+    drafting = settings.get("speculative_config") or {}
+    modelled = drafting.get("method") == "draft_model" and drafting.get("acceptance_rates")
+    if "speculative_config" in asked and not modelled:
+        return "speculative_config without a draft model, or without an imposed acceptance"
     boards = engine["identity"]["gpus"]
     gpu = load_gpu(boards[0]["name"]).name
     model_name = Path(record["model"]).name.removesuffix(".json")
@@ -150,7 +157,9 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
         batch=record.get("sequences", len(requests.input_tokens)),
         requests=requests,
         ramp=ramp,
-        options=_options(record["stack"], settings, asked, requests) | _in_flight(record),
+        options=_options(record["stack"], settings, asked, requests)
+        | _in_flight(record)
+        | _decoding(case, drafting, asked),
         joules_per_output_token=_per_token(record, "joules"),
         seconds_per_output_token=_per_token(record, "seconds"),
         mean_batch=record.get("mean_sequences"),
@@ -169,6 +178,22 @@ def _per_token(record: Mapping[str, Any], what: str) -> float:
 
 def _in_flight(record: Mapping[str, Any]) -> dict[str, int]:
     return {"max_batch": record["sequences"]} if record["kind"] == "steady" else {}
+
+
+def _decoding(
+    case: Mapping[str, Any], drafting: Mapping[str, Any], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `predict` for other decoding than greedy, one token a step."""
+    options: dict[str, Any] = {"decoding": "sampling"} if case.get("top_p") else {}
+    if drafting:
+        # the rates: all drafts up to each being accepted; the check gives one token more
+        tokens = 1.0 + sum(drafting["acceptance_rates"])
+        options |= {
+            "draft_model": load_model(asked["speculative_config"]["model"]),
+            "draft_tokens": int(drafting["draft_tokens"]),
+            "acceptance": float(break_even_acceptance(tokens, int(drafting["draft_tokens"]))),
+        }
+    return options
 
 
 def _steady_requests(name: str, record: Mapping[str, Any]) -> tuple[Requests, Requests]:
@@ -211,7 +236,7 @@ def _options(
     stack: str, settings: Mapping[str, Any], asked: Mapping[str, Any], requests: Requests
 ) -> dict[str, Any]:
     """Arguments of `predict`: the engine's own settings, else what it was asked for."""
-    if stack == "transformers":
+    if stack in STATIC_STACKS:
         return {"max_batch": len(requests.input_tokens)}
 
     def setting(name: str) -> Any:
