@@ -77,6 +77,9 @@ class StackCalibration:
     """Host time to admit one request; overlaps the GPU's but in the first step after a pause."""
     draft_host_seconds: float = 0.0
     """Host time to prepare a pass of a draft model; overlaps the GPU's."""
+    round_host_seconds: float = 0.0
+    """Host time of a round of speculative decoding; nothing overlaps it, because the next one is
+    scheduled when the drafts are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,14 @@ from typing import Any
 import numba
 from numba import njit
 
-_FILES = ("compiled", "step_costs", "continuous_batching", "static_batching", "steady_state")
+_FILES = (
+    "compiled",
+    "step_costs",
+    "continuous_batching",
+    "static_batching",
+    "speculative_batching",
+    "steady_state",
+)
 
 _ROOM_BYTES = 64 << 20  # free space without which nothing is cached
 _UNUSED_SECONDS = 7 * 86_400.0  # after which a folder may go

@@ -209,7 +209,7 @@ def _steps_within(free, decoding, residues, step, longest):  # type: ignore[no-u
 
 
 @compiled
-def _steps_until(wanted, first, last, k):  # type: ignore[no-untyped-def]
+def steps_until(wanted, first, last, k):  # type: ignore[no-untyped-def]
     """Steps until `wanted` seconds have passed, of k that take `first` to `last` seconds."""
     if wanted <= 0.0:
         return 0
@@ -467,7 +467,7 @@ def advance(  # type: ignore[no-untyped-def]
             if arrives:
                 # the last step of the jump is the first that starts after the next arrival
                 wanted = arrival[head] - totals[NOW]
-                until = 1 + _steps_until(wanted, first[SECONDS], last[SECONDS], k)
+                until = 1 + steps_until(wanted, first[SECONDS], last[SECONDS], k)
                 if until < k:
                     if throttled:
                         k = until

@@ -58,7 +58,7 @@ class CostTables:
     graph_tokens: NDArray[np.int64]
     """(largest graph + 1,) tokens after padding to a captured graph; empty without graphs."""
     host: Array
-    """(10,) host and gap seconds, see `host_seconds`."""
+    """(11,) host and gap seconds, see `host_seconds`."""
     limits: Array
     """(4,) base W, power limit W, clock-energy exponent, pipeline stages."""
     config: tuple[int, int, int, int, int]
@@ -395,10 +395,7 @@ def _graph_tokens(serving: ServingConfig) -> NDArray[np.int64]:
         return np.arange(serving.max_batch * serving.beams + 1)
     if serving.stack != "vllm":
         return np.zeros(0, np.int64)
-    # rounded up to whole sequences of checked tokens (`adjust_cudagraph_sizes_for_spec_decode`)
-    queries, largest = serving.decode_queries, max(serving.graph_batch_sizes)
-    rounded = {-(-size // queries) * queries for size in serving.graph_batch_sizes}
-    ordered = np.array(sorted(size for size in rounded if size <= largest))
+    ordered = np.array(sorted(serving.graph_batch_sizes))
     return ordered[np.searchsorted(ordered, np.arange(ordered[-1] + 1))].astype(np.int64)
 
 
@@ -408,7 +405,7 @@ def host_seconds(model: ModelSpec, stack: StackCalibration, draft: Draft | None 
     0 of a step in a captured graph, 1 of one with prompts (attention left out of the graph), 2 of
     one that launches every kernel; 3 per sequence; 4 gap, 5 gap per sequence, 6 gap before a first
     step, 7 per new prompt; 8 of a draft model's pass, attention left out of its graphs, 9 of one
-    that launches every kernel.
+    that launches every kernel; 10 of a round with drafts.
     """
     layers = float(model.num_layers)
     draft_layers = 0.0 if draft is None else float(draft.model.num_layers)
@@ -426,5 +423,6 @@ def host_seconds(model: ModelSpec, stack: StackCalibration, draft: Draft | None 
             + stack.piecewise_kernels * draft_layers * stack.launch_seconds,
             stack.draft_host_seconds
             + stack.kernels_per_layer * draft_layers * stack.launch_seconds,
+            stack.round_host_seconds,
         ]
     )

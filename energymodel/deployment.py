@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from energymodel.calibrations import Calibration, list_calibrations, load_calibration
 from energymodel.costs import CostTables, cost_tables
@@ -121,10 +121,9 @@ def deploy(
         max_model_len=max_model_len,
         decoding=strategy,
         beams=beams,
-        draft=draft,
-        decode_queries=1 if draft is None else draft.tokens + 1,
     )
-    _check_speculation(serving)
+    if draft is not None:
+        serving = _speculative(serving, draft)
     fitted = _calibration(gpu_spec, calibration)
     try:
         costs = cost_tables(model_spec, serving, gpu_spec, fitted)
@@ -204,22 +203,27 @@ def _draft(
     return Draft(model=draft, tokens=tokens, acceptance=acceptance)
 
 
-def _check_speculation(serving: ServingConfig) -> None:
-    """Refuse what vLLM cannot schedule with drafts, or what the simulation does not hold."""
-    if serving.draft is None:
-        return
-    if serving.draft.tokens > 0:
-        raise ConfigurationError("speculative decoding is not simulated yet")
+def _speculative(serving: ServingConfig, draft: Draft) -> ServingConfig:
+    """The serving setup with drafts; refuses what vLLM cannot schedule with them.
+
+    Graphs are captured for whole sequences of checked tokens (vLLM's
+    `adjust_cudagraph_sizes_for_spec_decode`).
+    """
+    queries, largest = draft.tokens + 1, max(serving.graph_batch_sizes)
+    rounded = {-(-size // queries) * queries for size in serving.graph_batch_sizes}
+    captured = tuple(sorted(size for size in rounded if size <= largest))
+    serving = replace(serving, draft=draft, decode_queries=queries, graph_batch_sizes=captured)
     if serving.pipeline_parallel > 1:
         raise ConfigurationError("--draft-model is not modelled with --pipeline-parallel")
     needed = serving.max_batch * (serving.decode_queries + 1)
     if serving.max_step_tokens < needed:
         raise ConfigurationError(
             f"--max-step-tokens {serving.max_step_tokens} is too few for --max-batch "
-            f"{serving.max_batch} with {serving.draft.tokens} draft tokens: a round checks "
+            f"{serving.max_batch} with {draft.tokens} draft tokens: a round checks "
             f"{serving.decode_queries} tokens of every sequence and keeps a slot more, {needed} in "
             "all; raise the one or lower the other"
         )
+    return serving
 
 
 def setup_warnings(deployment: Deployment) -> list[str]:

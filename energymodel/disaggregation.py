@@ -53,6 +53,8 @@ def serve_disaggregated(
     """
     if prefill.static_batches or decode.static_batches:
         raise ConfigurationError("pools for prefill and decode need continuous batching")
+    if prefill.serving.draft is not None or decode.serving.draft is not None:
+        raise ConfigurationError("pools for prefill and decode are not modelled with drafts")
     if (prefill.model.name, prefill.serving.kv_dtype) != (
         decode.model.name,
         decode.serving.kv_dtype,

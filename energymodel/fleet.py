@@ -112,6 +112,8 @@ class Fleet:
             raise ConfigurationError(
                 "a stream of requests is served with continuous batching only; use --stack vllm"
             )
+        if deployment.serving.draft is not None:
+            raise ConfigurationError("a stream of requests is served without a draft model only")
         self.deployment = deployment
         self._groups = [
             _Group(deployment, range(first, replicas, threads), replicas)

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from energymodel.continuous_batching import (
     MOST_SLOTS,
     SERVED,
+    Done,
     advance,
     new_done,
     new_replica,
 )
 from energymodel.costs import ATTENTION_STATS, CostTables
+from energymodel.speculative_batching import serve_with_drafts
 from energymodel.static_batching import serve_static_batches
 from energymodel.step_costs import TOTALS, new_sums
 
@@ -106,6 +108,20 @@ def simulate(
             *(tables_of(prompts), *parameters(costs), prompt_sums, sums, totals),
         )
         first_token, finish, joules = serve_static_batches(*static)
+    elif costs.draft_tokens > 0:
+        totals, done = np.zeros(len(TOTALS)), new_done(len(arrival))
+        draft_window = costs.others[0].config[4]
+        drafted: tuple[Any, ...] = (
+            *((arrival, inputs, outputs, _cached(cached_tokens, inputs)), (sums, *others)),
+            tuple(tables_of(each) for each in (costs, *costs.others)),
+            *(costs.host, costs.limits, costs.config),
+            (costs.draft_tokens, costs.tokens_per_round, draft_window),
+            *(jump, float(abandon_seconds), done, totals),
+        )
+        count, status = serve_with_drafts(*drafted)
+        if status != SERVED:
+            return None
+        first_token, finish, joules = _in_order(done, count)
     else:
         _check_budget(costs)
         replica, done = new_replica(costs), new_done(len(arrival))
@@ -119,9 +135,7 @@ def simulate(
         if status != SERVED:
             return None
         totals = replica.totals
-        first_token, finish, joules = np.empty((3, count))
-        order = done.ids[:, 0]
-        first_token[order], finish[order], joules[order] = done.times[:, 1:].T
+        first_token, finish, joules = _in_order(done, count)
     return Simulation(
         first_token_seconds=first_token,
         finish_seconds=finish,
@@ -148,6 +162,13 @@ def pass_counts(sums: tuple[Array, ...]) -> PassCounts:
     return PassCounts(
         token_steps=sums[0], row_steps=sums[1], attention_sums=sums[2], phase_steps=sums[3]
     )
+
+
+def _in_order(done: Done, count: int) -> Array:
+    """First token, finish and joules (3, count) in the requests' order."""
+    values = np.empty((3, count))
+    values[:, done.ids[:, 0]] = done.times[:, 1:].T
+    return values
 
 
 def _cached(cached_tokens: Ints | None, inputs: Ints) -> Ints:

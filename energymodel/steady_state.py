@@ -180,6 +180,8 @@ def estimate(
     """
     if deployment.static_batches:
         raise ConfigurationError("static batches have no steady state; simulate them exactly")
+    if deployment.serving.draft is not None:
+        raise ConfigurationError("drafts are not part of the estimate; simulate them exactly")
     if trace.duration_seconds == 0.0:
         raise ConfigurationError(
             f"{trace.name}: all requests arrive at once, which is no steady state; use --mode exact"

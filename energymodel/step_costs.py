@@ -50,7 +50,7 @@ def new_sums(token_rows: int, row_rows: int) -> tuple[Array, ...]:
 
 
 @compiled
-def _clock(memory, compute, fixed, core, host, gap, base, cap, exponent):  # type: ignore[no-untyped-def]
+def under_limit(memory, compute, fixed, core, host, gap, base, cap, exponent):  # type: ignore[no-untyped-def]
     """Scalar twin of `roofline.clock_under_cap`, plus the stretched GPU time.
 
     Newton's method, kept inside a bracket, instead of the bisection: the excess over the limit
@@ -168,7 +168,7 @@ def step_cost(  # type: ignore[no-untyped-def]
         gap += host[6] + host[7] * prefills
     else:
         host_seconds += host[7] * prefills
-    x, g, gpu, stretched = _clock(
+    x, g, gpu, stretched = under_limit(
         t[0] + r[0] + d[0] + p[0], t[1] + r[1] + d[1] + p[1],
         t[2] + r[2] + d[2] + p[2], t[3] + r[3] + d[3] + p[3],
         host_seconds, gap, base, cap, exponent,
@@ -232,15 +232,29 @@ def add_to_slices(start, seconds, prefill, decode, slices, slice_seconds):  # ty
 @compiled
 def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # type: ignore[no-untyped-def]
     """Add k steps whose costs run linearly from `first` to `last`."""
-    token_steps, row_steps, attention_sums, phase_steps, slices, slice_seconds = sums
+    rows = first[TOKEN_ROW], first[ROW_ROW]
+    count_passes(k, 1.0, first, last, rows, att, att_last, prefills, decodes, sums)
+    add_steps(k, first, last, sums[4], sums[5], totals)
+
+
+@compiled
+def count_passes(  # type: ignore[no-untyped-def]
+    k, passes, first, last, rows, att, att_last, prefills, decodes, sums
+):
+    """Count what the passes of one kind cost by: `passes` in each of k steps.
+
+    rows : table row and row-table row; att, att_last : attention statistics of a pass of the first
+    and of the last step
+    """
+    token_steps, row_steps, attention_sums, phase_steps = sums[0], sums[1], sums[2], sums[3]
     weights = (
-        1.0 * k,
-        0.5 * k * (1.0 / first[CLOCK] + 1.0 / last[CLOCK]),
-        0.5 * k * (first[CORE] + last[CORE]),
+        passes * k,
+        0.5 * passes * k * (1.0 / first[CLOCK] + 1.0 / last[CLOCK]),
+        0.5 * passes * k * (first[CORE] + last[CORE]),
     )
     for w in range(3):
-        token_steps[first[TOKEN_ROW], w] += weights[w]
-        row_steps[first[ROW_ROW], w] += weights[w]
+        token_steps[rows[0], w] += weights[w]
+        row_steps[rows[1], w] += weights[w]
         if prefills > 0:
             phase_steps[0, w] += weights[w]
             attention_sums[2, w] += att[2] * weights[w]
@@ -249,6 +263,11 @@ def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # 
             phase_steps[1, w] += weights[w]
             attention_sums[0, w] += 0.5 * (att[0] + att_last[0]) * weights[w]
             attention_sums[1, w] += 0.5 * (att[1] + att_last[1]) * weights[w]
+
+
+@compiled
+def add_steps(k, first, last, slices, slice_seconds, totals):  # type: ignore[no-untyped-def]
+    """Add time and energy of k steps whose costs run linearly from `first` to `last`."""
     half = 0.5 * k
     seconds = half * (first[SECONDS] + last[SECONDS])
     gpu = half * (first[GPU_SECONDS] + last[GPU_SECONDS])

@@ -5,7 +5,7 @@ Costs are taken from `roofline` for each step's own statistics, not from tables.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import numpy as np
@@ -204,3 +204,237 @@ def as_arrays(outcome: Outcome, count: int) -> tuple[np.ndarray, np.ndarray]:
     first = np.array([outcome.first_token[i] for i in range(count)])
     finish = np.array([outcome.finish[i] for i in range(count)])
     return first, finish
+
+
+@dataclass
+class Drafted:
+    """A request that is decoded with drafts."""
+
+    index: int
+    arrival: float
+    input_tokens: int
+    output_tokens: int
+    cached: int = 0
+    held: float = 0.0
+    """Tokens in the KV cache."""
+    generated: float = 0.0
+    rounds_left: int = 0
+    blocks: int = 0
+
+    @property
+    def known(self) -> int:
+        return self.input_tokens + int(self.generated + 1e-9)
+
+
+def pass_costs(
+    model: ModelSpec,
+    serving: ServingConfig,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    *,
+    tokens: int,
+    rows: int,
+    keys: list[float],
+    chunks: list[tuple[int, int]],
+) -> tuple[np.ndarray, bool]:
+    """Costs of a pass (1, 4) as `OperatorCosts.tables`, and whether a graph runs it.
+
+    keys : tokens that each decoding sequence attends to; chunks : start and length of pieces of
+    prompts
+    """
+    window = window_tokens(model)
+    graphs = serving.graph_batch_sizes if serving.stack == "vllm" else ()
+    in_graph = bool(graphs) and tokens <= max(graphs)
+    padded = min(size for size in graphs if size >= tokens) if in_graph else tokens
+    pairs = [chunk_pairs(start, count, window) for start, count in chunks]
+    stats = step_stats(
+        model,
+        tokens=padded,
+        rows=rows,
+        decode_kv_tokens=sum(keys),
+        decode_window_kv_tokens=sum(min(k, window) for k in keys),
+        prefill_pairs=sum(p[0] for p in pairs),
+        prefill_window_pairs=sum(p[1] for p in pairs),
+    )
+    table = operator_table(model, serving)
+    attention = _split(table)[2]
+    tables = operator_costs(table, stats, gpu, calibration).tables()
+    tables += _attention_rows(model, attention, np.array([padded]), gpu, calibration).tables()
+    tables += _attention_sequences(model, attention, np.array([rows]), gpu, calibration).tables()
+    return tables, in_graph
+
+
+def round_cost(
+    model: ModelSpec,
+    serving: ServingConfig,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    work: list[tuple[Drafted, int]],
+    per_round: float,
+    *,
+    starting: bool,
+) -> tuple[float, float]:
+    """Seconds and joules of a round: a check, and as many drafts as it has."""
+    draft = serving.draft
+    assert draft is not None
+    drafts, count = draft.tokens, len(work)
+    held = [r.held for r, _ in work if r.rounds_left]
+    chunks = [(int(r.held), tokens) for r, tokens in work if not r.rounds_left]
+    tokens = sum(tokens for _, tokens in work)
+    rows = (drafts + 1) * len(held) + len(chunks)
+    alone = replace(serving, draft=None, decode_queries=1)
+    first = replace(alone, decode_queries=drafts + 2)
+    fitted = (gpu, calibration)
+    tables, captured = pass_costs(
+        model,
+        serving,
+        *fitted,
+        tokens=tokens,
+        rows=rows,
+        keys=[c + drafts + 1 for c in held],
+        chunks=chunks,
+    )
+    stack = calibration.stacks[serving.stack]
+    kernels = stack.kernels_per_layer
+    launches = 0.0
+    if not captured:
+        launches = kernels * model.num_layers
+    elif chunks:
+        launches = stack.piecewise_kernels * model.num_layers
+    host = launches * stack.launch_seconds
+    for j in range(1, drafts + 1):
+        if j == 1:
+            own, own_graph = pass_costs(
+                draft.model,
+                first,
+                *fitted,
+                tokens=tokens + count,
+                rows=count,
+                keys=[c + drafts + 2 for c in held],
+                chunks=chunks,
+            )
+        else:
+            ahead = [c + per_round for c in held] + [float(start + size) for start, size in chunks]
+            own, own_graph = pass_costs(
+                draft.model,
+                alone,
+                *fitted,
+                tokens=count,
+                rows=count,
+                keys=[c + j for c in ahead],
+                chunks=[],
+            )
+        tables = tables + own
+        each = stack.piecewise_kernels if own_graph else kernels
+        host += stack.draft_host_seconds + each * draft.model.num_layers * stack.launch_seconds
+    gap = stack.round_host_seconds + stack.sequence_host_seconds * count
+    gap += stack.request_host_seconds * len(chunks)
+    gap += stack.step_gap_seconds * (1 + drafts) + stack.sequence_gap_seconds * count
+    gap += stack.start_gap_seconds * starting
+    seconds, joules = step_seconds_and_joules(tables, calibration, host, gap)
+    return float(seconds[0]), float(joules[0])
+
+
+def simulate_with_drafts(
+    arrivals: list[float],
+    inputs: list[int],
+    outputs: list[int],
+    *,
+    model: ModelSpec,
+    serving: ServingConfig,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    blocks: int,
+    cached: list[int] | None = None,
+) -> Outcome:
+    """vLLM V1 with a draft model: each round is scheduled when its predecessor has ended."""
+    draft = serving.draft
+    assert draft is not None
+    drafts, size, free = draft.tokens, serving.block_tokens, blocks
+    per_round = sum(draft.acceptance**i for i in range(drafts + 1))
+    cached = cached or [0] * len(arrivals)
+    future = [
+        Drafted(i, *row)
+        for i, row in enumerate(zip(arrivals, inputs, outputs, cached, strict=True))
+    ]
+    waiting: list[Drafted] = []
+    running: list[Drafted] = []
+    outcome = Outcome()
+    now = 0.0
+
+    def needs(tokens: float) -> int:
+        return ceil((tokens - 1e-9) / size)
+
+    while future or waiting or running:
+        starting = not running
+        if starting and not waiting and future[0].arrival > now:
+            outcome.idle_seconds += future[0].arrival - now
+            now = future[0].arrival
+        while future and future[0].arrival <= now:
+            waiting.append(future.pop(0))
+        budget = serving.max_step_tokens - serving.max_batch
+        work: list[tuple[Drafted, int]] = []
+        preempted = False
+        for request in list(running):
+            if request not in running:
+                break
+            if request.rounds_left:
+                count, ahead = drafts + 1, 2 * drafts + 1
+            else:
+                count = min(request.known - int(request.held), budget)
+                ahead = count + drafts
+            needed = max(needs(request.held + ahead) - request.blocks, 0)
+            while needed > free and request in running:
+                preempted = True
+                victim = running.pop()
+                free += victim.blocks
+                victim.blocks = 0
+                victim.held = victim.cached
+                victim.generated = min(int(victim.generated + 1e-9), victim.output_tokens - 1)
+                victim.rounds_left = 0
+                waiting.insert(0, victim)
+                outcome.preemptions += 1
+            if request not in running:
+                break
+            free -= needed
+            request.blocks += needed
+            budget -= count
+            work.append((request, count))
+        while not preempted and waiting and budget and len(running) < serving.max_batch:
+            request = waiting[0]
+            count = min(request.known - request.cached, budget)
+            ahead = drafts if request.cached else 0
+            wanted = needs(request.cached + count + ahead)
+            if max(wanted, needs(request.known)) > free:
+                break
+            request.held = request.cached
+            request.blocks = wanted
+            free -= wanted
+            budget -= count
+            running.append(waiting.pop(0))
+            work.append((request, count))
+        seconds, joules = round_cost(
+            model, serving, gpu, calibration, work, per_round, starting=starting
+        )
+        now += seconds
+        outcome.joules += joules
+        outcome.steps += 1
+        for request, count in work:
+            if request.rounds_left:
+                request.rounds_left -= 1
+                request.held += per_round
+                request.generated += per_round
+                if not request.rounds_left:
+                    outcome.finish[request.index] = now
+            else:
+                request.held += count
+                if request.held == request.known:
+                    request.generated += 1
+                    outcome.first_token.setdefault(request.index, now)
+                    left = request.output_tokens - request.generated
+                    request.rounds_left = ceil(left / per_round - 1e-9)
+                    if not left:
+                        outcome.finish[request.index] = now
+        free += sum(r.blocks for r in running if r.index in outcome.finish)
+        running = [r for r in running if r.index not in outcome.finish]
+    return outcome

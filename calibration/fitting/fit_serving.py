@@ -89,6 +89,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     _stack("start_gap_seconds", "transformers", "transformers-compile", start=5e-3, prior=1.0),
     _stack("step_host_seconds", "transformers-compile", start=3e-3, prior=1.0),
     _stack("draft_host_seconds", "vllm", "vllm-eager", start=5e-4, prior=1.0),
+    _stack("round_host_seconds", "vllm", "vllm-eager", start=2e-3, prior=1.0),
     # kernel seconds: other boards' tables are a good start
     Parameter(paths=("kernel_gap_seconds",), prior=1.0, start=1e-6),
     Parameter(paths=("kernels.gemm.compute_efficiency",), prior=0.15, high=1.3),

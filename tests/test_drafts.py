@@ -1,0 +1,281 @@
+"""Speculative decoding in the simulator: against the plain one, by hand, and what must hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_simulator import as_arrays, simulate_with_drafts
+from shapes import calibration, gpu, tiny
+
+from energymodel.accounting import DRAFT_PREFIX
+from energymodel.costs import CostTables, cost_tables, kv_blocks
+from energymodel.deployment import deploy
+from energymodel.errors import ConfigurationError
+from energymodel.operators import kv_bytes_per_token, weight_bytes
+from energymodel.results import Prediction
+from energymodel.simulator import Simulation, simulate
+from energymodel.specs import Draft, ModelSpec, ServingConfig
+from energymodel.traces import Requests
+from energymodel.workload import predict
+
+SMALL = replace(tiny(), layers=tiny().layers[:1], name="smaller")
+
+
+def fitted(**changes: object) -> Any:
+    made = calibration(**changes)
+    stacks = {
+        name: replace(stack, draft_host_seconds=3e-5, round_host_seconds=2e-4)
+        for name, stack in made.stacks.items()
+    }
+    return replace(made, stacks=stacks)
+
+
+def serving_with(tokens: int, acceptance: float, **changes: Any) -> ServingConfig:
+    values: dict[str, Any] = {
+        "max_batch": 4,
+        "max_step_tokens": 96,
+        "graph_batch_sizes": (tokens + 1, 2 * (tokens + 1), 4 * (tokens + 1)),
+        "draft": Draft(model=SMALL, tokens=tokens, acceptance=acceptance),
+        "decode_queries": tokens + 1,
+    }
+    return ServingConfig(**(values | changes))
+
+
+def run(
+    triples: list[tuple[float, int, int]],
+    serving: ServingConfig,
+    *,
+    model: ModelSpec | None = None,
+    blocks: int | None = None,
+    jump: bool = True,
+    cap: float = 1e6,
+    cached: list[int] | None = None,
+) -> tuple[Simulation, CostTables]:
+    costs = cost_tables(model or tiny(), serving, gpu(), fitted(power_cap_watts=cap))
+    if blocks is not None:
+        batch, tokens, _, size, window = costs.config
+        costs = replace(costs, config=(batch, tokens, blocks, size, window))
+    arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
+    result = simulate(
+        arrivals.astype(float),
+        inputs,
+        outputs,
+        costs,
+        jump=jump,
+        cached_tokens=None if cached is None else np.array(cached),
+    )
+    assert result is not None
+    return result, costs
+
+
+# no arrival may fall on the very end of a round, see test_simulator
+rows = st.lists(
+    st.tuples(
+        st.integers(0, 20_000).map(lambda i: i * 1.000314159e-5),
+        st.integers(1, 200),
+        st.integers(1, 60),
+    ),
+    min_size=1,
+    max_size=8,
+)
+acceptances = st.sampled_from([0.0, 0.3, 0.7, 0.85, 1.0])
+
+
+def ordered(triples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    triples = sorted(triples, key=lambda t: t[0])
+    return [(a - triples[0][0], i, o) for a, i, o in triples]
+
+
+@pytest.mark.parametrize("stack", ["vllm", "vllm-eager"])
+@pytest.mark.parametrize("shape", ["dense", "experts", "window"])
+@settings(max_examples=12)
+@given(
+    triples=rows,
+    tokens=st.integers(1, 5),
+    acceptance=acceptances,
+    spare=st.integers(0, 8),
+    shares=st.lists(st.floats(0, 1), min_size=8),
+)
+def test_equals_the_plain_simulator(
+    stack: str,
+    shape: str,
+    triples: list[tuple[float, int, int]],
+    tokens: int,
+    acceptance: float,
+    spare: int,
+    shares: list[float],
+) -> None:
+    model = {"dense": tiny(), "experts": tiny(experts=8), "window": tiny(window=50)}[shape]
+    serving = serving_with(tokens, acceptance, stack=stack)
+    triples = ordered(triples)
+    cached = [int(share * (i - 1)) for share, (_, i, _) in zip(shares, triples, strict=False)]
+    blocks = max(-(-(i + o + 2 * tokens) // 16) for _, i, o in triples) + spare
+    result, _ = run(triples, serving, model=model, blocks=blocks, cached=cached)
+    arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
+    expected = simulate_with_drafts(
+        arrivals,
+        inputs,
+        outputs,
+        model=model,
+        serving=serving,
+        gpu=gpu(),
+        calibration=fitted(),
+        blocks=blocks,
+        cached=cached,
+    )
+    first, finish = as_arrays(expected, len(triples))
+    assert result.totals["steps"] == expected.steps
+    assert result.totals["preemptions"] == expected.preemptions
+    np.testing.assert_allclose(result.first_token_seconds, first, rtol=1e-9)
+    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-9)
+    np.testing.assert_allclose(result.totals["idle_seconds"], expected.idle_seconds, atol=1e-9)
+    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+
+
+@settings(max_examples=20)
+@given(triples=rows, tokens=st.integers(1, 5), acceptance=acceptances)
+def test_jumping_changes_nothing(
+    triples: list[tuple[float, int, int]], tokens: int, acceptance: float
+) -> None:
+    triples, serving = ordered(triples), serving_with(tokens, acceptance)
+    model = tiny(window=50)
+    fast, _ = run(triples, serving, model=model)
+    slow, _ = run(triples, serving, model=model, jump=False)
+    np.testing.assert_allclose(fast.finish_seconds, slow.finish_seconds, rtol=1e-9)
+    np.testing.assert_allclose(fast.request_joules, slow.request_joules, rtol=1e-4)
+    for name, value in slow.totals.items():
+        assert fast.totals[name] == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=20)
+@given(triples=rows, tokens=st.integers(1, 5), acceptance=acceptances)
+def test_requests_share_out_the_active_energy(
+    triples: list[tuple[float, int, int]], tokens: int, acceptance: float
+) -> None:
+    result, _ = run(ordered(triples), serving_with(tokens, acceptance), model=tiny(experts=8))
+    active = result.totals["prefill_joules"] + result.totals["decode_joules"]
+    assert result.request_joules.sum() == pytest.approx(active, rel=1e-9)
+    assert (result.request_joules > 0).all()
+
+
+@given(outputs=st.integers(1, 60), tokens=st.integers(1, 5), acceptance=acceptances)
+def test_rounds_of_a_request(outputs: int, tokens: int, acceptance: float) -> None:
+    per_round = sum(acceptance**i for i in range(tokens + 1))
+    rounds = ceil((outputs - 1) / per_round - 1e-9)
+    result, _ = run([(0.0, 40, outputs)], serving_with(tokens, acceptance))
+    assert result.totals["steps"] == 1 + rounds
+    check, first, further = result.passes
+    assert check.phase_steps[:, 0].tolist() == [1, rounds]
+    assert first.phase_steps[:, 0].tolist() == [1, rounds]
+    assert further.phase_steps[1, 0] == (tokens - 1) * (1 + rounds)
+    # the check attends to the prompt, E tokens a round, and those it checks
+    keys = sum(40 + per_round * i + tokens + 1 for i in range(rounds))
+    assert check.attention_sums[0, 0] == pytest.approx(keys)
+    assert first.attention_sums[0, 0] == pytest.approx(keys + rounds)
+    later = sum(40 + per_round * (i + 1) + j for i in range(rounds) for j in range(2, tokens + 1))
+    later += sum(40 + j for j in range(2, tokens + 1))  # in the step of the prompt
+    assert further.attention_sums[0, 0] == pytest.approx(later)
+
+
+def test_a_round_that_waits_for_the_host_by_hand() -> None:
+    # the GPU is fast here: three drafts cost the host 3 x (30 us + 3 launches of 5 us), the round
+    # 200 us, 10 us for the sequence and 4 gaps of 50 us
+    result, _ = run([(0.0, 10, 9)], serving_with(3, 1.0))
+    rounds = 2
+    seconds = result.finish_seconds[0] - result.first_token_seconds[0]
+    assert seconds == pytest.approx(rounds * (3 * 45e-6 + 200e-6 + 10e-6 + 200e-6), rel=1e-9)
+
+
+def test_the_draft_model_takes_memory() -> None:
+    plain = ServingConfig()
+    drafted = serving_with(4, 0.5, max_step_tokens=plain.max_step_tokens)
+    room = kv_blocks(tiny(), plain, gpu()) * 16 * kv_bytes_per_token(tiny(), plain)
+    per_block = kv_bytes_per_token(tiny(), plain) + kv_bytes_per_token(SMALL, plain)
+    expected = (room - weight_bytes(SMALL, plain)) / (16 * per_block)
+    assert kv_blocks(tiny(), drafted, gpu()) == pytest.approx(expected, abs=2)
+
+
+# --- predict -----------------------------------------------------------------------------------
+
+TRACE = Requests(
+    name="made",
+    arrival_seconds=np.array([0.0, 0.001, 0.4]),
+    input_tokens=np.array([50, 300, 20]),
+    output_tokens=np.array([40, 10, 90]),
+)
+
+
+def predicted(**options: Any) -> Prediction:
+    values: dict[str, Any] = {"gpu": gpu(), "model": tiny(), "calibration": fitted()}
+    return predict(TRACE, **(values | options))
+
+
+def drafting(tokens: int, acceptance: float, model: ModelSpec = SMALL) -> dict[str, Any]:
+    return {"draft_model": model, "draft_tokens": tokens, "acceptance": acceptance}
+
+
+@settings(max_examples=20)
+@given(tokens=st.integers(1, 6), acceptance=st.floats(0, 1), limited=st.booleans())
+def test_pieces_add_up_to_the_total(tokens: int, acceptance: float, limited: bool) -> None:
+    cap = 150.0 if limited else 1e6
+    result = predicted(calibration=fitted(power_cap_watts=cap), **drafting(tokens, acceptance))
+    total = pytest.approx(result.energy_joules, rel=1e-9)
+    assert sum(result.by_operator_joules.values()) == total
+    assert sum(result.by_component_joules.values()) == total
+    assert result.prefill_joules + result.decode_joules + result.idle_joules == total
+    assert result.timeline is not None
+    assert sum(result.timeline.decode_joules) == pytest.approx(result.decode_joules, rel=1e-9)
+    assert result.by_operator_joules[f"{DRAFT_PREFIX}down_proj"] > 0.0
+
+
+def test_without_acceptance_drafts_only_cost() -> None:
+    plain = predicted()
+    costs = [predicted(**drafting(tokens, 0.0)).active_joules for tokens in (1, 2, 4, 8)]
+    assert plain.active_joules < costs[0]
+    assert costs == sorted(costs)
+
+
+def test_more_acceptance_costs_less() -> None:
+    joules = [predicted(**drafting(4, a)).active_joules for a in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    assert joules == sorted(joules, reverse=True)
+
+
+def test_no_drafts_are_no_speculation() -> None:
+    plain = predicted()
+    assert predicted(**drafting(0, 0.5)).to_dict() == plain.to_dict()
+    assert plain.inputs["draft_model"] is None
+    assert predicted(**drafting(2, 0.5)).inputs["draft_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_tokens": 4}, "name it with --draft-model"),
+        ({"draft_model": SMALL, "acceptance": 0.5}, "--draft-tokens is missing"),
+        ({"draft_model": SMALL, "draft_tokens": 4}, "--acceptance is missing"),
+        (drafting(-1, 0.5), "--draft-tokens -1"),
+        (drafting(4, 1.5), "--acceptance 1.5"),
+        (drafting(4, float("nan")), "--acceptance nan"),
+        (drafting(4, 0.5) | {"stack": "transformers"}, "modelled for vllm and vllm-eager"),
+        (drafting(4, 0.5) | {"pipeline_parallel": 2}, "--pipeline-parallel"),
+        (drafting(4, 0.5, replace(SMALL, vocab_size=7)), "vocabularies"),
+        (drafting(4, 0.5) | {"max_step_tokens": 500, "max_batch": 256}, "1536 in all"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        predicted(**options)
+
+
+def test_graphs_are_captured_for_whole_sequences() -> None:
+    deployment = deploy(gpu=gpu(), model=tiny(), calibration=fitted(), **drafting(4, 0.5))
+    graphs = deployment.costs.graph_tokens
+    assert set(np.unique(graphs) % 5) == {0}
+    assert len(graphs) - 1 == 500  # 496 rounded up; 512 would become 515, beyond the largest
