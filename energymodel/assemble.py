@@ -17,7 +17,7 @@ from energymodel.grids import GridIntensity
 from energymodel.models import active_weight_count
 from energymodel.operators import compute_dtype, request_flops
 from energymodel.prices import ElectricityPrice
-from energymodel.results import BinEnergy, OperatorWork, Percentiles, Prediction
+from energymodel.results import BinEnergy, OperatorWork, Percentiles, Prediction, Speculation
 from energymodel.traces import Requests
 from energymodel.units import JOULES_PER_KWH
 
@@ -39,6 +39,7 @@ def assemble(
     electricity: ElectricityPrice | None,
     seed: int,
     warnings: Sequence[str],
+    speculation: Speculation | None = None,
 ) -> Prediction:
     """The public result of a served workload; arguments as in `workload.predict`."""
     active = served.prefill_joules + served.decode_joules
@@ -93,6 +94,7 @@ def assemble(
         e2e_seconds=_percentiles(served.finish_seconds - requests.arrival_seconds),
         steps=served.steps,
         preemptions=served.preemptions,
+        speculation=speculation,
         facility_joules=energy * pue,
         carbon_grams=None if grid is None else facility_kwh * grid.grams_per_kwh,
         electricity_usd=None if electricity is None else facility_kwh * electricity.usd_per_kwh,

@@ -123,7 +123,7 @@ def deploy(
         beams=beams,
     )
     if draft is not None:
-        serving = _speculative(serving, draft)
+        serving = with_drafts(serving, draft)
     fitted = _calibration(gpu_spec, calibration)
     try:
         costs = cost_tables(model_spec, serving, gpu_spec, fitted)
@@ -203,7 +203,7 @@ def _draft(
     return Draft(model=draft, tokens=tokens, acceptance=acceptance)
 
 
-def _speculative(serving: ServingConfig, draft: Draft) -> ServingConfig:
+def with_drafts(serving: ServingConfig, draft: Draft) -> ServingConfig:
     """The serving setup with drafts; refuses what vLLM cannot schedule with them.
 
     Graphs are captured for whole sequences of checked tokens (vLLM's
@@ -237,6 +237,12 @@ def setup_warnings(deployment: Deployment) -> list[str]:
         )
     if smaller := _smaller_checkpoint(model, deployment.serving, gpu):
         warnings.append(smaller)
+    serving = deployment.serving
+    if serving.draft is not None or serving.decoding != "greedy":
+        other = "drafts" if serving.draft is not None else f"{serving.decoding} decoding"
+        warnings.append(
+            f"the interval is that of greedy decoding without drafts; none was earned with {other}"
+        )
     if calibration.gpu != gpu.name:
         warnings.append(
             f"the calibration is of {calibration.gpu}, not of {gpu.name}: energy and time are as "

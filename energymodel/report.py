@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
-from energymodel.results import BinEnergy, Percentiles, Prediction
+from energymodel.results import BinEnergy, Percentiles, Prediction, Speculation
 from energymodel.specs import STATIC_STACKS
 
 if TYPE_CHECKING:
@@ -235,6 +235,8 @@ def _headline(p: Prediction) -> Table:
         f"{seconds_text(p.wall_seconds)} from first arrival to last token, GPUs busy {busy:.0%} "
         "of it",
     )
+    if p.speculation is not None:
+        table.add_row("Drafts", drafts_text(p.speculation, i["max_batch"]))
     if i["pue"] != 1.0 or p.carbon_grams is not None or p.electricity_usd is not None:
         site = f"{joules_text(p.facility_joules)} at PUE {i['pue']:g}"
         if p.carbon_grams is not None:
@@ -268,12 +270,36 @@ def setup_text(p: Prediction) -> str:
             parts.append(f"{key.replace('_', ' ')} {i[key]}")
     parts.append(i["stack"])
     parts.append(f"batch up to {i['max_batch']}")
+    if i["decoding"] != "greedy":
+        parts.append(f"{i['decoding']} decoding")
+    if p.speculation is not None:
+        parts.append(
+            f"{i['draft_tokens']} tokens drafted by {i['draft_model']}, acceptance "
+            f"{i['acceptance']:g}"
+        )
     if i["stack"] not in STATIC_STACKS:
         parts.append(f"{i['max_step_tokens']} tokens a step")
     if i["cached_input_tokens"]:
         share = share_text(i["cached_input_tokens"] / p.input_tokens)
         parts.append(f"prefix cache holds {share} of the input tokens")
     return ", ".join(parts)
+
+
+def drafts_text(drafts: Speculation, max_batch: int) -> str:
+    """What drafting tokens saves or costs, and up to which batch it saves."""
+    if drafts.change is None:
+        change = "without drafts the replicas do not keep up"
+    else:
+        word = "less" if drafts.change < 0.0 else "more"
+        change = f"{abs(drafts.change):.1%} {word} energy per output token than without drafts"
+    context = f"at a context of {drafts.mean_context_tokens:.0f} tokens"
+    if drafts.paying_batch == 0:
+        batch = f"they pay at no batch {context}"
+    elif drafts.paying_batch == max_batch:
+        batch = f"they pay at every batch up to {max_batch} {context}"
+    else:
+        batch = f"they pay up to a batch of {drafts.paying_batch} {context}"
+    return f"{three_digits(drafts.tokens_per_round)} tokens a round, {change}; {batch}"
 
 
 def _latency(p: Prediction) -> Table:

@@ -60,6 +60,23 @@ class OperatorWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """What drafting tokens does to a workload."""
+
+    tokens_per_round: float
+    """Tokens that a round gives each sequence on average [-]."""
+    mean_context_tokens: float
+    """Context of a decoding sequence, averaged over the output tokens."""
+    paying_batch: int
+    """Most sequences in flight at which decoding with drafts takes less energy a token, at that
+    context; 0 = never, `max_batch` = always."""
+    plain_joules_per_output_token: float | None
+    """Of the same workload without drafts [J]; None where it cannot be served so."""
+    change: float | None
+    """Change of the energy per output token by the drafts [-], negative where they save."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Energy by slice of time, of all GPUs.
 
@@ -132,6 +149,8 @@ class Prediction:
     """Arrival to last token."""
     steps: int
     preemptions: int
+    speculation: Speculation | None
+    """None without a draft model."""
     facility_joules: float
     """energy_joules x PUE [J]."""
     carbon_grams: float | None

@@ -1,26 +1,31 @@
 """Speculative decoding: what drafting and verifying cost, and the batch where that stops paying.
 
-A round is `draft_tokens` steps of a small model and one step of the served model over
-batch x (draft_tokens + 1) tokens, which checks them all. How many tokens it gives is in
-`acceptance`.
+A round is `draft_tokens` passes of a small model and one step of the served model over
+batch x (draft_tokens + 1) tokens, which checks them all; `speculative_batching` has the equations,
+`acceptance` how many tokens it gives.
 
-Only decoding is counted, at one context length; prompts of both models come on top. Costs are of
-the whole group of GPUs.
+Over the batch, only decoding is counted, at one context length; prompts of both models come on
+top. Costs are of the whole group of GPUs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from energymodel.acceptance import break_even_acceptance, expected_tokens
-from energymodel.costs import host_seconds, stack_calibration
-from energymodel.deployment import Deployment
+from energymodel.costs import CostTables, cost_tables
+from energymodel.deployment import Deployment, with_drafts
 from energymodel.errors import ConfigurationError
-from energymodel.operators import OperatorTable, operator_table, step_stats, window_tokens
-from energymodel.roofline import operator_costs, step_seconds_and_joules
+from energymodel.results import Speculation
+from energymodel.simulator import parameters, tables_of
+from energymodel.specs import Draft
+from energymodel.speculative_batching import round_cost
+from energymodel.step_costs import DECODE, DECODE_ATTENTION, SECONDS, step_cost
+from energymodel.traces import Requests
 
 Array = NDArray[np.float64]
 
@@ -89,13 +94,10 @@ def decode_costs(
 ) -> DecodeCosts:
     """Cost plain decoding and speculative rounds at one context length.
 
-    The host prepares a round once, while the GPU works; each pass has a step's gap. Checking reads
-    a sequence's KV cache once for all its tokens. The power limit holds on average over a round.
-
     Parameters
     ----------
     target, draft : the served model and the small one, on the same GPUs and stack
-    batch : (n,) sequences, ascending
+    batch : (n,) sequences, ascending, at least 1
     context_tokens : tokens that each sequence holds so far
 
     Raises
@@ -112,77 +114,87 @@ def decode_costs(
         raise ConfigurationError("a draft model runs on the GPUs and the stack of its target")
     if target.static_batches:
         raise ConfigurationError("speculative decoding is modelled for vllm and vllm-eager")
-    sequences = np.atleast_1d(np.asarray(batch, dtype=np.float64))
-    calibration = target.calibration
-    gap = stack_calibration(calibration, target.serving.stack).step_gap_seconds
-    gpus = float(target.gpus_per_replica)
+    sequences = np.atleast_1d(np.asarray(batch, dtype=np.int64))
+    plain = replace(target.serving, max_batch=max(target.serving.max_batch, int(sequences[-1])))
+    # what a round gives only moves the draft model's keys by as many tokens
+    drafted = with_drafts(plain, Draft(model=draft.model, tokens=draft_tokens, acceptance=0.0))
+    board = (target.gpu, target.calibration)
+    return costs_over_batch(
+        cost_tables(target.model, plain, *board),
+        cost_tables(target.model, drafted, *board),
+        sequences,
+        context_tokens,
+        gpus=target.gpus_per_replica,
+    )
 
-    plain = _pass_tables(target, sequences, 1, context_tokens)
-    step_seconds, step_joules = step_seconds_and_joules(
-        plain, calibration, _host_seconds(target, sequences, 1), gap
-    )
-    check = _pass_tables(target, sequences, draft_tokens + 1, context_tokens)
-    drafts = draft_tokens * _pass_tables(draft, sequences, 1, context_tokens)
-    round_seconds, round_joules = step_seconds_and_joules(
-        check + drafts,
-        calibration,
-        _host_seconds(target, sequences, draft_tokens + 1),
-        gap * (draft_tokens + 1),
-    )
+
+def costs_over_batch(
+    plain: CostTables,
+    drafted: CostTables,
+    sequences: NDArray[np.int64],
+    context_tokens: float,
+    *,
+    gpus: int,
+) -> DecodeCosts:
+    """Costs of plain steps and of rounds from the tables of both, see `decode_costs`."""
+    costs = np.empty((4, sequences.size))
+    window, draft_window = plain.config[4], drafted.others[0].config[4]
+    context, drafts, given = context_tokens, drafted.draft_tokens, drafted.tokens_per_round
+    tables = tuple(tables_of(each) for each in (drafted, *drafted.others))
+    later = float(np.mean([context + given + j for j in range(2, drafts + 1)] or [0.0]))
+    for column, n in enumerate(sequences.tolist()):
+
+        def keys(tokens: float, limit: int, n: int = n) -> tuple[float, ...]:
+            return n * tokens, n * min(tokens, limit) if limit else 0.0, 0.0, 0.0
+
+        step: tuple[Any, ...] = (n, n, keys(context, window), 0, n, False, *parameters(plain)[:3])
+        a_round: tuple[Any, ...] = (
+            *((n, 0, 0), keys(context + drafts + 1, window)),
+            keys(context + drafts + 2, draft_window),
+            *((*keys(later, draft_window), 1.0), False),
+            *(tables, drafted.host, drafted.limits, drafts),
+        )
+        for row, cost in ((0, step_cost(*step)), (2, round_cost(*a_round))):
+            costs[row : row + 2, column] = cost[SECONDS], cost[DECODE] + cost[DECODE_ATTENTION]
     return DecodeCosts(
-        batch=sequences,
-        draft_tokens=draft_tokens,
-        step_seconds=step_seconds,
-        step_joules=step_joules * gpus,
-        round_seconds=round_seconds,
-        round_joules=round_joules * gpus,
+        batch=sequences.astype(np.float64),
+        draft_tokens=drafts,
+        step_seconds=costs[0],
+        step_joules=costs[1] * gpus,
+        round_seconds=costs[2],
+        round_joules=costs[3] * gpus,
     )
 
 
-def _pass_tables(
-    deployment: Deployment, sequences: Array, queries: int, context_tokens: float
-) -> Array:
-    """(n, 4) as `OperatorCosts.tables`: a pass over `queries` new tokens of each sequence."""
-    model, serving = deployment.model, deployment.serving
-    window = window_tokens(model)
-    seen = min(context_tokens, window) if window else context_tokens
-    rows = sequences * queries
-    stats = step_stats(
-        model,
-        tokens=_graph_tokens(deployment, rows),
-        rows=rows,
-        decode_kv_tokens=sequences * context_tokens,
-        decode_window_kv_tokens=sequences * seen if window else 0.0,
-        decode_sequences=sequences,
+def compare(
+    deployment: Deployment,
+    plain: Deployment,
+    requests: Requests,
+    *,
+    joules: float,
+    plain_joules: float | None,
+) -> Speculation:
+    """What drafts do to a workload.
+
+    Parameters
+    ----------
+    deployment, plain : with the draft model and without
+    joules, plain_joules : of the workload [J]; None where it cannot be served without drafts
+    """
+    draft = deployment.serving.draft
+    assert draft is not None
+    outputs = requests.output_tokens.astype(float)
+    context = float(outputs @ (requests.input_tokens + 0.5 * outputs) / outputs.sum())
+    sequences = np.arange(1, deployment.serving.max_batch + 1)
+    costs = costs_over_batch(
+        plain.costs, deployment.costs, sequences, context, gpus=deployment.gpus_per_replica
     )
-    table = _with_queries(operator_table(model, serving), queries)
-    return operator_costs(table, stats, deployment.gpu, deployment.calibration).tables()
-
-
-def _with_queries(table: OperatorTable, queries: int) -> OperatorTable:
-    """Decode attention of several queries to each sequence's keys, which are read once."""
-    decode = np.array([c == "attention_decode" for c in table.op_class])
-    times = np.where(decode, float(queries), 1.0)[:, np.newaxis]
-    return replace(
-        table,
-        flops=table.flops * times,
-        executed_flops=table.executed_flops * times,
-        activation_bytes=table.activation_bytes * times,
+    saves = costs.change(draft.acceptance) < 0.0
+    tokens = int(outputs.sum())
+    return Speculation(
+        tokens_per_round=float(expected_tokens(draft.acceptance, draft.tokens)),
+        mean_context_tokens=context,
+        paying_batch=int(np.argmin(saves)) if not saves.all() else int(sequences[-1]),
+        plain_joules_per_output_token=None if plain_joules is None else plain_joules / tokens,
+        change=None if plain_joules is None else joules / plain_joules - 1.0,
     )
-
-
-def _graph_tokens(deployment: Deployment, tokens: Array) -> Array:
-    """Tokens after padding to a captured graph, as the simulator pads them."""
-    graphs = deployment.costs.graph_tokens
-    inside = tokens < len(graphs)
-    index = np.where(inside, tokens, 0.0).astype(np.int64)
-    return np.where(inside, graphs[index], tokens) if len(graphs) else tokens
-
-
-def _host_seconds(deployment: Deployment, sequences: Array, queries: int) -> Array:
-    """Host time of one step: with a captured graph, or launching every kernel."""
-    stack = stack_calibration(deployment.calibration, deployment.serving.stack)
-    in_graph, _, eager, per_sequence, *_ = host_seconds(deployment.model, stack)
-    captured = sequences * queries < len(deployment.costs.graph_tokens)
-    seconds: Array = np.where(captured, in_graph, eager) + per_sequence * sequences
-    return seconds

@@ -9,6 +9,8 @@ Each step lives in a file of its own: `workloads` and `traces` load requests, `a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from energymodel.accounting import Served
@@ -36,6 +38,7 @@ from energymodel.specs import (
     GpuSpec,
     ModelSpec,
 )
+from energymodel.speculation import compare
 from energymodel.traces import Requests, explain_dropped
 from energymodel.workloads import load_requests
 
@@ -154,23 +157,25 @@ def predict(
     electricity = (
         None if electricity_price is None else load_electricity_price(str(electricity_price))
     )
-    deployment = deploy(
-        gpu=gpu,
-        model=model,
-        stack=stack,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-        max_batch=max_batch,
-        max_step_tokens=max_step_tokens,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        decoding=decoding,
-        draft_model=draft_model,
-        draft_tokens=draft_tokens,
-        acceptance=acceptance,
-        calibration=calibration,
-    )
+
+    def deployed(**drafts: Any) -> Deployment:
+        return deploy(
+            gpu=gpu,
+            model=model,
+            stack=stack,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            decoding=decoding,
+            calibration=calibration,
+            **drafts,
+        )
+
+    deployment = deployed(draft_model=draft_model, draft_tokens=draft_tokens, acceptance=acceptance)
     if isinstance(trace, str):
         requests = load_requests(trace, trace_format=trace_format, strict=strict, seed=seed)
         if prefix_hit == "trace":
@@ -194,6 +199,16 @@ def predict(
         _check_lengths(requests, deployment)
         served, replicas_used = serve_on_replicas(requests, replicas, deployment)
     warnings += _load_warnings(served, requests)
+    speculation = None
+    if deployment.serving.draft is not None:
+        plain = deployed()
+        speculation = compare(
+            deployment,
+            plain,
+            requests,
+            joules=_joules(served),
+            plain_joules=_plain_joules(requests, replicas_used, plain, binning),
+        )
     return assemble(
         requests,
         served,
@@ -208,7 +223,24 @@ def predict(
         electricity=electricity,
         seed=seed,
         warnings=warnings,
+        speculation=speculation,
     )
+
+
+def _joules(served: Served) -> float:
+    return served.prefill_joules + served.decode_joules + served.idle_joules
+
+
+def _plain_joules(
+    requests: Requests, replicas: int, plain: Deployment, binning: str
+) -> float | None:
+    """Energy of the workload without drafts [J]; None where the replicas cannot keep up then."""
+    try:
+        if binning == "paper":
+            return _joules(serve_in_batches(requests, plain))
+        return _joules(serve_on_replicas(requests, replicas, plain)[0])
+    except CapacityError:
+        return None
 
 
 def _check_options(binning: str, pue: float, seed: int) -> None:

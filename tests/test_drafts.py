@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_simulator import as_arrays, simulate_with_drafts
 from shapes import calibration, gpu, tiny
+from typer.testing import CliRunner
 
 from energymodel.accounting import DRAFT_PREFIX
+from energymodel.cli import app
 from energymodel.costs import CostTables, cost_tables, kv_blocks
 from energymodel.deployment import deploy
 from energymodel.errors import ConfigurationError
@@ -279,3 +282,41 @@ def test_graphs_are_captured_for_whole_sequences() -> None:
     graphs = deployment.costs.graph_tokens
     assert set(np.unique(graphs) % 5) == {0}
     assert len(graphs) - 1 == 500  # 496 rounded up; 512 would become 515, beyond the largest
+
+
+def test_the_change_is_that_of_two_predictions() -> None:
+    plain, drafted = predicted(), predicted(**drafting(3, 0.6))
+    found = drafted.speculation
+    assert found is not None
+    assert plain.speculation is None
+    assert found.change == pytest.approx(drafted.energy_joules / plain.energy_joules - 1.0)
+    assert found.plain_joules_per_output_token == pytest.approx(plain.joules_per_output_token)
+    assert found.tokens_per_round == pytest.approx(1 + 0.6 + 0.36 + 0.216)
+    context = (40 * (50 + 20) + 10 * (300 + 5) + 90 * (20 + 45)) / 140
+    assert found.mean_context_tokens == pytest.approx(context)
+
+
+def test_the_batch_up_to_which_drafts_pay_grows_with_the_acceptance() -> None:
+    batches = []
+    for acceptance in (0.0, 0.5, 0.7, 1.0):
+        drafts = {"draft_model": "llama-3.2-1b", "draft_tokens": 4, "acceptance": acceptance}
+        result = predict("translation", gpu="h100", arrivals="offline", **drafts)  # type: ignore[arg-type]
+        assert result.speculation is not None
+        batches.append(result.speculation.paying_batch)
+    assert batches[0] == 0
+    assert batches == sorted(batches)
+    assert batches[-1] > 32
+
+
+def test_the_command_says_what_drafts_do() -> None:
+    options = ["--draft-model", "llama-3.2-1b", "--draft-tokens", "2", "--acceptance", "0.8"]
+    trace = ["predict", "--trace", "translation", "--gpu", "h100"]
+    table = CliRunner().invoke(app, [*trace, *options])
+    assert table.exit_code == 0
+    assert "2.44 tokens a round" in table.output
+    assert "2 tokens drafted by llama-3.2-1b, acceptance 0.8" in " ".join(table.output.split())
+    refused = CliRunner().invoke(app, [*trace, *options[:2]])
+    assert refused.exit_code == 2
+    assert "--draft-tokens is missing" in refused.output
+    printed = CliRunner().invoke(app, [*trace, *options, "--format", "json"]).stdout
+    assert json.loads(printed)["speculation"]["paying_batch"] > 0
