@@ -48,9 +48,11 @@ from calibration.validation.validate import (
     validate,
 )
 from energymodel import predict
+from energymodel.acceptance import expected_tokens
 from energymodel.cli import app
 from energymodel.errors import EnergyModelError
 from energymodel.models import load_model
+from energymodel.specs import STATIC_STACKS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_public = pytest.mark.skipif(
@@ -371,6 +373,41 @@ def edited(path: Path, kind: str, **changes: Any) -> None:
         if record["kind"] == kind:
             record.update(changes)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_runs_with_drafts_and_with_top_p_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    serving_records(path, monkeypatch)
+    drafting = {"method": "draft_model", "model": "llama-3.2-1b", "num_speculative_tokens": 4}
+    rates = [0.8, 0.6, 0.4, 0.2]  # of all drafts up to each: three tokens a round
+    settings = {"method": "draft_model", "draft_tokens": 4, "acceptance_rates": rates}
+    edited(
+        path,
+        "engine",
+        run_plan={"engine": {"speculative_config": drafting}},
+        settings={"max_num_batched_tokens": 4096, "speculative_config": settings},
+    )
+    case = {"kind": "static", "input_tokens": 7, "output_tokens": 5, "batch": 4, "top_p": 0.9}
+    edited(path, "run", case=case)
+    rows, _ = read_own(tmp_path)
+    options = rows[0].options
+    assert (options["draft_model"].name, options["draft_tokens"]) == ("llama-3.2-1b", 4)
+    assert expected_tokens(options["acceptance"], 4) == pytest.approx(3.0)
+    assert options["decoding"] == "sampling"
+    compared = compare(rows[0], load_split())
+    assert compared.joules_per_output_token > 0.0
+
+
+@pytest.mark.parametrize("stack", STATIC_STACKS)
+def test_static_stacks_serve_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: str
+) -> None:
+    serving_records(tmp_path / "a.jsonl", monkeypatch, stack=stack)
+    rows, _ = read_own(tmp_path)
+    assert rows[0].options == {"max_batch": 4}
+    assert is_fitted(rows[0], load_split())
 
 
 def test_windows_that_are_not_valid_are_left_out(
