@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class TransformersEngine:
         self._forward_starts: list[float] = []
         before = self.model.prepare_inputs_for_generation
 
+        @functools.wraps(before)  # `generate` reads its signature
         def noted(*inputs: Any, **more: Any) -> Any:  # a hook would become part of what is compiled
             self._forward_starts.append(clock())
             return before(*inputs, **more)
