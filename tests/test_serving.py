@@ -621,3 +621,12 @@ def test_an_engine_that_dies_or_hangs_leaves_the_rest_alone(
     records = read_jsonl(out)
     assert [r["run"] for r in records if r["kind"] == "done"] == [0, 1]
     assert [r["run"] for r in records if r["kind"] == "exit"] == [0] * failed
+
+
+def test_a_draft_model_gets_a_folder_with_its_shape(tmp_path: Path) -> None:
+    drafting = {"method": "draft_model", "model": "llama-3.2-1b", "num_speculative_tokens": 4}
+    given = serving_engine._with_draft_folder(drafting, tmp_path)
+    config = json.loads((Path(given["model"]) / "config.json").read_text())
+    assert config["num_hidden_layers"] == 16  # Llama-3.2-1B's published config
+    assert given["num_speculative_tokens"] == 4
+    assert serving_engine._with_draft_folder({"method": "ngram"}, tmp_path) == {"method": "ngram"}
