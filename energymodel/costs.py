@@ -83,7 +83,7 @@ def cost_tables(
     ConfigurationError
         If the calibration does not know the stack.
     """
-    token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
+    token_ops, row_ops, attention_ops = split_table(operator_table(model, serving))
     sequences = serving.max_batch * serving.beams
     graphs = _graph_tokens(serving)
     longest = max(serving.max_step_tokens, sequences, *serving.graph_batch_sizes)
@@ -238,7 +238,7 @@ def operator_totals(
     joules : by operator and component: base, flops, onchip, hbm, link [J]
     work : by operator: executed_flops [FLOP], hbm_bytes [B], gpu_seconds [s]
     """
-    token_ops, row_ops, attention_ops = _split(operator_table(model, serving))
+    token_ops, row_ops, attention_ops = split_table(operator_table(model, serving))
     totals = _Totals(base_watts=calibration.base_watts, joules={}, work={})
     for table, counts, stat in ((token_ops, token_steps, "tokens"), (row_ops, row_steps, "rows")):
         used = np.flatnonzero(counts[:, 0])
@@ -290,7 +290,7 @@ class _Totals:
                     entry[part] += float(values[column])
 
 
-def _split(table: OperatorTable) -> tuple[OperatorTable, OperatorTable, OperatorTable]:
+def split_table(table: OperatorTable) -> tuple[OperatorTable, OperatorTable, OperatorTable]:
     """Operators that depend on tokens, on rows of logits, and attention."""
     is_row = np.array([n in _ROW_OPERATORS for n in table.names])
     is_attention = np.array([c.startswith("attention") for c in table.op_class])

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,27 +99,37 @@ def operator_costs(
     def parameter(name: str) -> Array:
         return np.array([getattr(c, name) for c in classes])
 
-    is_logits = np.array([n == "logits" for n in table.names])
-    rows = np.where(is_logits, stats[:, [_ROWS]], stats[:, [_TOKENS]])
-    is_link = np.array([c == "communication" for c in table.op_class])
     return kernel_costs(
-        executed_flops=stats @ table.executed_flops.T,
-        hbm_bytes=stats @ table.hbm_bytes.T,
-        activation_bytes=stats @ table.activation_bytes.T,
-        link_bytes=stats @ table.link_bytes.T,
-        tiles=stats @ table.tiles.T,
-        calls=table.calls,
-        gemm_rows=rows,
-        gemm_columns=table.gemm_n,
-        flops_per_s=np.array([_peak(gpu, d) for d in table.compute_dtype]),
-        eight_bit=np.array([d in EIGHT_BIT for d in table.compute_dtype]),
-        bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
-        joules_per_flop=np.array([_joules_per_flop(calibration, d) for d in table.compute_dtype]),
+        **operator_work(table, stats, gpu),
+        joules_per_flop=np.array([joules_per_flop(calibration, d) for d in table.compute_dtype]),
         gap_seconds=calibration.kernel_gap_seconds,
         gpu=gpu,
         calibration=calibration,
         parameter=parameter,
     )
+
+
+def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str, Any]:
+    """Arguments of `kernel_costs` that no calibration changes, by name.
+
+    Each is an array that broadcasts to (steps, operators). Raises ConfigurationError if the GPU has
+    no published peak for a dtype in use.
+    """
+    is_logits = np.array([n == "logits" for n in table.names])
+    is_link = np.array([c == "communication" for c in table.op_class])
+    return {
+        "executed_flops": stats @ table.executed_flops.T,
+        "hbm_bytes": stats @ table.hbm_bytes.T,
+        "activation_bytes": stats @ table.activation_bytes.T,
+        "link_bytes": stats @ table.link_bytes.T,
+        "tiles": stats @ table.tiles.T,
+        "calls": table.calls,
+        "gemm_rows": np.where(is_logits, stats[:, [_ROWS]], stats[:, [_TOKENS]]),
+        "gemm_columns": table.gemm_n,
+        "flops_per_s": np.array([_peak(gpu, d) for d in table.compute_dtype]),
+        "eight_bit": np.array([d in EIGHT_BIT for d in table.compute_dtype]),
+        "bytes_per_s": np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
+    }
 
 
 def kernel_costs(
@@ -138,7 +149,7 @@ def kernel_costs(
     gpu: GpuSpec,
     calibration: Calibration,
     parameter: Callable[[str], Array],
-    gap_seconds: float = 0.0,
+    gap_seconds: Array | float = 0.0,
 ) -> OperatorCosts:
     """Costs of kernels at the highest clock; every argument broadcasts against the others.
 
@@ -212,20 +223,27 @@ def clock_under_cap(
         calibration.power_cap_watts,
         calibration.clock_energy_exponent,
     )
-    low, high = np.full_like(memory_seconds, 0.2), np.ones_like(memory_seconds)
 
-    def excess(x: Array) -> Array:
-        seconds = np.maximum(memory_seconds + compute_seconds / x, host_seconds) + gap_seconds
-        result: Array = fixed_joules + core_joules * x**exponent - (cap - base) * seconds
+    def excess(x: Array, memory: Array, compute: Array, fixed: Array, core: Array,
+               host: Array, gap: Array) -> Array:  # fmt: skip
+        seconds = np.maximum(memory + compute / x, host) + gap
+        result: Array = fixed + core * x**exponent - (cap - base) * seconds
         return result
 
-    capped = excess(high) > 0
-    for _ in range(40):
+    steps = np.broadcast_arrays(
+        memory_seconds, compute_seconds, fixed_joules, core_joules, host_seconds, gap_seconds
+    )
+    share = np.ones_like(memory_seconds)
+    capped = excess(share, *steps) > 0
+    held = [part[capped] for part in steps]
+    low, high = np.full_like(held[0], 0.2), np.ones_like(held[0])
+    for _ in range(40 if capped.any() else 0):
         middle = 0.5 * (low + high)
-        over = excess(middle) > 0
+        over = excess(middle, *held) > 0
         high = np.where(over, middle, high)
         low = np.where(over, low, middle)
-    return np.where(capped, low, 1.0)
+    share[capped] = low
+    return share
 
 
 def step_seconds_and_joules(
@@ -266,7 +284,8 @@ def _peak(gpu: GpuSpec, dtype: str) -> float:
         ) from None
 
 
-def _joules_per_flop(calibration: Calibration, dtype: str) -> float:
+def joules_per_flop(calibration: Calibration, dtype: str) -> float:
+    """Energy of a FLOP of a dtype [J/FLOP]; ConfigurationError if the calibration has none."""
     try:
         return calibration.joules_per_flop[dtype]
     except KeyError:

@@ -14,8 +14,8 @@ from energymodel.calibrations import Calibration
 from energymodel.costs import (
     _attention_rows,
     _attention_sequences,
-    _split,
     kv_blocks,
+    split_table,
 )
 from energymodel.operators import operator_table, step_stats, window_tokens
 from energymodel.roofline import operator_costs, step_seconds_and_joules
@@ -90,7 +90,7 @@ def step_cost(
     )
     table = operator_table(model, serving)
     costs = operator_costs(table, stats, gpu, calibration)
-    attention = _split(table)[2]
+    attention = split_table(table)[2]
     per_row = _attention_rows(model, attention, np.array([padded]), gpu, calibration)
     per_sequence = _attention_sequences(model, attention, np.array([len(work)]), gpu, calibration)
     tables = costs.tables() + per_row.tables() + per_sequence.tables()
@@ -257,7 +257,7 @@ def pass_costs(
         prefill_window_pairs=sum(p[1] for p in pairs),
     )
     table = operator_table(model, serving)
-    attention = _split(table)[2]
+    attention = split_table(table)[2]
     tables = operator_costs(table, stats, gpu, calibration).tables()
     tables += _attention_rows(model, attention, np.array([padded]), gpu, calibration).tables()
     tables += _attention_sequences(model, attention, np.array([rows]), gpu, calibration).tables()

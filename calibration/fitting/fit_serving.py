@@ -9,14 +9,15 @@ parameters together, by robust least squares on the log residuals of
 - seconds and watts of the GPU's kernel windows (`data/kernels`),
 
 each parameter pulled towards its start by a prior as wide as that start is uncertain. The
-simulator is part of the residuals: what is fitted is what `energymodel predict` prints.
+simulator is part of the residuals (`recorded_steps`): what is fitted is what `energymodel predict`
+prints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from calibration.fitting.fit_kernels import (
 )
 from calibration.fitting.kernel_windows import kernel_rows, read_windows
 from calibration.fitting.measured_runs import read_idle, read_own
+from calibration.fitting.recorded_steps import can_be_recorded, recorded_runs
 from calibration.validation.rows import DATA, MeasuredRow, is_fitted, load_split
 from energymodel.calibrations import (
     Calibration,
@@ -41,7 +43,7 @@ from energymodel.calibrations import (
     load_calibration,
     save_calibration,
 )
-from energymodel.costs import CostTables, cost_tables, host_seconds
+from energymodel.costs import CostTables, cost_tables
 from energymodel.deployment import STACKS, Deployment, deploy
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
@@ -185,34 +187,20 @@ def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
     return runs
 
 
-def simulated(
-    runs: Sequence[Run],
-    calibration: Calibration,
-    tables: dict[int, CostTables] | None = None,
-) -> tuple[Array, Array, Array]:
-    """Joules, seconds and median TTFT of the runs under a calibration; each (n,).
-
-    `tables` by deployment are reused where all but the stacks of the calibration is as when they
-    were made.
-    """
-    tables = {} if tables is None else tables
-    current: dict[int, CostTables] = {}
+def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Array, Array]:
+    """Joules of all GPUs, seconds and median TTFT of the runs under a calibration; each (n,)."""
+    tables: dict[int, CostTables] = {}
     joules, seconds, ttft = np.empty((3, len(runs)))
     for i, run in enumerate(runs):
         d = run.deployment
         if id(d) not in tables:
             tables[id(d)] = cost_tables(d.model, d.serving, d.gpu, calibration)
-        if id(d) not in current:
-            stack = calibration.stacks[d.serving.stack]
-            current[id(d)] = replace(
-                tables[id(d)], host=host_seconds(d.model, stack, d.serving.draft)
-            )
         requests = run.row.requests
         result = simulate(
             requests.arrival_seconds,
             requests.input_tokens,
             requests.output_tokens,
-            current[id(d)],
+            tables[id(d)],
             static_batches=d.static_batches,
         )
         assert result is not None
@@ -221,6 +209,7 @@ def simulated(
         ttft[i] = np.median(result.first_token_seconds - requests.arrival_seconds)
         joules[i] = totals["prefill_joules"] + totals["decode_joules"]
         joules[i] += totals["idle_seconds"] * calibration.polling_idle_watts
+        joules[i] *= d.gpus_per_replica
     return joules, seconds, ttft
 
 
@@ -239,6 +228,10 @@ JOULES_SIGMA, SECONDS_SIGMA, TTFT_SIGMA, WINDOW_SIGMA = 0.02, 0.03, 0.1, 0.06
 2.5 % in joules and up to 4 % in seconds; kernels of a class differ more than the model knows."""
 ROBUST_SCALE = 2.0
 """Standard deviations from which on soft_l1 grows linearly."""
+_DIFFERENCE = 1e-4
+"""Half the step of the central differences in the logarithm of a parameter [-]."""
+_TOLERANCE, _MOST_STEPS = 1e-12, 500
+"""Of the least squares: tight enough that the six digits of a parameter repeat anywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,11 +259,10 @@ def fit_serving(
     start = np.log([_start(calibration, p) for p in parameters])
     prior = np.array([p.prior for p in parameters])
     bounds = np.log([[p.low, p.high] for p in parameters]).T
+    totals = _totals(runs)
     measured = np.log([[r.joules for r in runs], [r.seconds for r in runs]])
     has_ttft = np.array([r.ttft_seconds is not None for r in runs], dtype=bool)
     ttft_measured = np.log([r.ttft_seconds for r in runs if r.ttft_seconds is not None])
-    is_kernel = np.array([not p.paths[0].startswith("stacks.") for p in parameters])
-    known: dict[bytes, dict[int, CostTables]] = {}
 
     def at(values: Array) -> Calibration:
         pairs = zip(parameters, values, strict=True)
@@ -278,11 +270,7 @@ def fit_serving(
 
     def residuals(theta: Array) -> Array:
         candidate = at(np.exp(theta))
-        key = theta[is_kernel].tobytes()
-        if key not in known:
-            known.clear()
-            known[key] = {}
-        joules, seconds, ttft = simulated(runs, candidate, known[key])
+        joules, seconds, ttft = totals(candidate)
         alone, watts = window_seconds_and_watts(windows, gpu, candidate)
         return np.concatenate(
             [
@@ -295,16 +283,23 @@ def fit_serving(
             ]
         )
 
+    def jacobian(theta: Array) -> Array:
+        steps = _DIFFERENCE * np.eye(len(theta))
+        columns = [residuals(theta + s) - residuals(theta - s) for s in steps]
+        return np.stack(columns, axis=1) / (2.0 * _DIFFERENCE)
+
     result = least_squares(
         residuals,
         np.clip(start, bounds[0] + 1e-6, bounds[1] - 1e-6),
+        jac=jacobian,
         bounds=(bounds[0], bounds[1]),
         loss="soft_l1",
         f_scale=ROBUST_SCALE,
         x_scale=np.minimum(prior, 0.5),
-        diff_step=1e-3,
-        ftol=1e-4,
-        max_nfev=40,
+        ftol=_TOLERANCE,
+        xtol=_TOLERANCE,
+        gtol=_TOLERANCE,
+        max_nfev=_MOST_STEPS,
     )
     covariance = np.linalg.pinv(result.jac.T @ result.jac)
     spread = np.sqrt(np.diag(covariance))
@@ -313,6 +308,26 @@ def fit_serving(
         calibration=at(np.array([float(f"{v:.6g}") for v in np.exp(result.x)])),
         log_std={name: float(value) for name, value in zip(names, spread, strict=True)},
     )
+
+
+def _totals(runs: Sequence[Run]) -> Callable[[Calibration], Array]:
+    """Joules, seconds and median TTFT of the runs (3, n) as a function of the calibration.
+
+    Runs whose requests arrive over time are simulated anew each time, the others recorded once.
+    """
+    all_wait = np.array([can_be_recorded(r.row.requests) for r in runs], dtype=bool)
+    later = [r for r, waiting in zip(runs, all_wait, strict=True) if not waiting]
+    offline = [r for r, waiting in zip(runs, all_wait, strict=True) if waiting]
+    recorded = recorded_runs([(r.deployment, r.row.requests) for r in offline]) if offline else None
+
+    def totals(calibration: Calibration) -> Array:
+        values = np.empty((3, len(runs)))
+        values[:, ~all_wait] = simulated(later, calibration)
+        if recorded is not None:
+            values[:, all_wait] = recorded.totals(calibration)
+        return values
+
+    return totals
 
 
 def _start(calibration: Calibration, parameter: Parameter) -> float:
