@@ -40,6 +40,8 @@ class VllmEngine:
             arguments["enforce_eager"] = True
         if drafting := arguments.get("speculative_config"):
             arguments["speculative_config"] = _with_draft_folder(drafting, folder)
+        if "quantization_config" in config:
+            _fill_packed_weights(seed)
         self.llm = LLM(model=str(folder), **arguments)
         self.engine = self.llm.llm_engine
         self._params: Callable[[int, float], Any] = lambda tokens, top_p: SamplingParams(
@@ -310,6 +312,34 @@ def _randomise(model: Any, std: float, seed: int) -> int:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return changed
+
+
+_SCALE_EXPONENT_BYTE = 120
+"""Shared exponent of a block of packed weights (OCP microscaling: 127 stands for 2**0): 2**-7."""
+
+
+def _fill_packed_weights(seed: int) -> None:
+    """Have vLLM's loader of dummy weights fill packed storage with random bits too.
+
+    It leaves integers as they were allocated, mostly zeros, and power follows the values.
+    """
+    import torch  # noqa: PLC0415
+    from vllm.model_executor.model_loader import dummy_loader  # noqa: PLC0415
+
+    original = dummy_loader.initialize_dummy_weights
+
+    def initialize(model: Any, *arguments: Any, **named: Any) -> None:
+        original(model, *arguments, **named)
+        for name, weight in model.named_parameters():
+            if weight.dtype != torch.uint8:
+                continue
+            if "scale" in name:
+                weight.data.fill_(_SCALE_EXPONENT_BYTE)
+            else:
+                generator = torch.Generator(weight.device).manual_seed(seed)
+                weight.data.random_(0, 256, generator=generator)
+
+    dummy_loader.initialize_dummy_weights = initialize
 
 
 def _with_draft_folder(drafting: dict[str, Any], folder: Path) -> dict[str, Any]:
