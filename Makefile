@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs docs-output findings notebooks bench bench-week clean
+.PHONY: help demo test lint types docs docs-output findings kernels notebooks bench bench-week clean
 
 help:
 	@echo 'make demo    energy of the built-in azure_code workload on an A100'
@@ -14,6 +14,7 @@ help:
 	@echo 'make types   mypy --strict on energymodel/'
 	@echo 'make docs    the documentation as a site, in build/site'
 	@echo 'make findings  findings of the paper beside ours, into docs/'
+	@echo 'make kernels  tables and figures of the measured kernels, into docs/'
 	@echo 'make notebooks  run the notebooks and keep their outputs'
 	@echo 'make bench   speed and memory, in some minutes; bench-week: of 44 million requests'
 	@echo 'make clean   remove .venv and everything built'
@@ -43,6 +44,10 @@ docs-output: .venv/.installed-dev
 # Writes the paper's findings into their page, as the tool predicts them today.
 findings: .venv/.installed-dev
 	$(BIN)/energymodel reproduce --format markdown --output docs/paper-findings.md --figure docs/img/paper-findings.png
+
+# Writes the page on measured kernels and its figures from the raw windows.
+kernels: .venv/.installed-dev
+	$(BIN)/python -m calibration.validation.kernel_page
 
 # Runs the notebooks and keeps what they print and draw.
 notebooks: .venv/.installed-dev

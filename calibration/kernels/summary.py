@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from calibration.kernels.comparisons import (
+    Record,
+    expert_kernels,
+    graph_and_eager,
+    launch_seconds,
+    reached,
+    repeated,
+    rows_per_useful,
+    valid_cases,
+)
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError, ProfileError
 from energymodel.gpus import load_gpu
 from energymodel.specs import GpuSpec
-
-Record = dict[str, Any]
-_GEMM_DTYPES = ("bf16", "fp8", "int8")
-
-
-def valid_cases(records: Sequence[Record]) -> dict[str, Record]:
-    """Last valid record of each case, by name."""
-    return {r["case"]: r for r in records if r.get("kind") == "case" and r.get("valid")}
 
 
 def summarize(records: Sequence[Record]) -> str:
@@ -42,7 +43,6 @@ def summarize(records: Sequence[Record]) -> str:
         raise EnergyModelError(f"the file holds no valid window{_commonest_fault(records)}")
     gpu = header["identity"]["gpus"][0]
     spec = _datasheet(str(gpu["name"]))
-    base = min((r["power_watts"] for r in cases.values() if r["op_class"] == "base"), default=None)
     parts = [
         f"# Calibration of {gpu['name']}\n",
         f"Driver {header['identity']['driver_version']}, power limit "
@@ -50,7 +50,7 @@ def summarize(records: Sequence[Record]) -> str:
         f"{header['identity']['energy_method']}, tick "
         f"{_show(header['identity']['tick_seconds'], '{:.3f}')} s.\n",
         _windows(records, cases),
-        _reached(cases, spec, base),
+        _reached(cases, spec),
         _states(cases),
         _steps(cases),
         _experts(cases),
@@ -87,7 +87,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join(lines) + "\n"
 
 
-def _windows(records: Sequence[Record], cases: dict[str, Record]) -> str:
+def _windows(records: Sequence[Record], cases: Mapping[str, Record]) -> str:
     found = [r for r in records if r.get("kind") == "case"]
     by_class = Counter(r["op_class"] for r in cases.values())
     capped = Counter(r["op_class"] for r in cases.values() if r["window"]["power_capped"])
@@ -100,66 +100,29 @@ def _windows(records: Sequence[Record], cases: dict[str, Record]) -> str:
     return _table("Windows", ["class", "valid", "at the power limit", "not valid"], rows)
 
 
-def _best(
-    cases: dict[str, Record], chosen: Callable[[Record], bool], rate: Callable[[Record], float]
-) -> Record | None:
-    found = [r for r in cases.values() if r.get("iteration_seconds") and chosen(r)]
-    return max(found, key=rate, default=None)
-
-
-def _has(**fields: str) -> Callable[[Record], bool]:
-    return lambda record: all(record[name] == value for name, value in fields.items())
-
-
-def _reached(cases: dict[str, Record], spec: GpuSpec | None, base: float | None) -> str:
-    def flops(r: Record) -> float:
-        return float(r["executed_flops"] / r["iteration_seconds"])
-
-    def traffic(r: Record) -> float:
-        return float((r["hbm_bytes"] + r["activation_bytes"]) / r["iteration_seconds"])
-
-    rows = []
-    wanted = [(f"GEMM {d}", _has(op_class="gemm", dtype=d), True, d) for d in _GEMM_DTYPES]
-    wanted += [
-        ("prefill attention", _has(op_class="attention_prefill"), True, "bf16"),
-        ("fused MoE", _has(op_class="moe"), True, "bf16"),
-        ("decode attention", _has(op_class="attention_decode"), False, "hbm"),
+def _reached(cases: Mapping[str, Record], spec: GpuSpec | None) -> str:
+    rows = [
+        [
+            best.title,
+            best.record["case"],
+            f"{best.per_second / 1e12:.0f} TFLOP/s"
+            if best.is_compute
+            else f"{best.per_second / 1e9:.0f} GB/s",
+            "" if best.share is None else f"{best.share:.0%}",
+            f"{best.record['power_watts']:.0f}",
+            f"{best.joules_per_unit * 1e12:.2f}",
+            _show(
+                None if best.joules_above_base is None else best.joules_above_base * 1e12, "{:.2f}"
+            ),
+        ]
+        for best in reached(cases, spec)
     ]
-    wanted += [
-        (f"{kind} {place}", _has(family=f"{kind}.{place}"), False, place)
-        for kind in ("copy", "read", "write")
-        for place in ("hbm", "l2")
-    ]
-    for title, chosen, compute, kind in wanted:
-        rate = flops if compute else traffic
-        record = _best(cases, chosen, rate)
-        if record is None:
-            continue
-        value = rate(record)
-        peak = None
-        if spec is not None and compute:
-            peak = spec.peak_flops_per_s.get(kind)
-        elif spec is not None and kind == "hbm":
-            peak = spec.hbm_bytes_per_s
-        watts = record["power_watts"]
-        above = None if base is None else (watts - base) / value * 1e12
-        rows.append(
-            [
-                title,
-                record["case"],
-                f"{value / 1e12:.0f} TFLOP/s" if compute else f"{value / 1e9:.0f} GB/s",
-                "" if peak is None else f"{value / peak:.0%}",
-                f"{watts:.0f}",
-                f"{watts / value * 1e12:.2f}",
-                _show(above, "{:.2f}"),
-            ]
-        )
     unit = "pJ/FLOP or pJ/B"
     head = ["best of", "case", "rate", "of datasheet", "W", unit, f"{unit} above base"]
     return _table("Reached", head, rows)
 
 
-def _states(cases: dict[str, Record]) -> str:
+def _states(cases: Mapping[str, Record]) -> str:
     rows = []
     for name, r in sorted(cases.items()):
         if r["op_class"] in ("idle", "base"):
@@ -178,55 +141,47 @@ def _states(cases: dict[str, Record]) -> str:
     return _table("Idle and base", ["state", "W", "SM MHz", "deg C", "us per kernel"], rows)
 
 
-def _steps(cases: dict[str, Record]) -> str:
+def _steps(cases: Mapping[str, Record]) -> str:
     rows = []
-    for name, r in sorted(cases.items()):
-        eager = cases.get(name.replace(".graph", ".eager"))
-        if r["op_class"] != "decode_stack" or not name.endswith(".graph") or eager is None:
-            continue
-        ops = eager["details"].get("dispatched_ops")
-        host = eager["host_seconds_per_iteration"]
+    for graph, eager in graph_and_eager(cases):
+        launch = launch_seconds(eager)
         rows.append(
             [
-                name.removeprefix("stack.").removesuffix(".graph"),
-                f"{r['iteration_seconds'] * 1e3:.2f}",
+                graph["case"].removeprefix("stack.").removesuffix(".graph"),
+                f"{graph['iteration_seconds'] * 1e3:.2f}",
                 f"{eager['iteration_seconds'] * 1e3:.2f}",
-                f"{r['energy_per_iteration_joules']:.3f}",
+                f"{graph['energy_per_iteration_joules']:.3f}",
                 f"{eager['energy_per_iteration_joules']:.3f}",
-                f"{host / ops * 1e6:.1f}" if ops and host else "",
+                "" if launch is None else f"{launch * 1e6:.1f}",
             ]
         )
     head = ["decode step", "graph ms", "eager ms", "graph J", "eager J", "host us per operation"]
     return _table("CUDA Graph against eager", head, rows)
 
 
-def _experts(cases: dict[str, Record]) -> str:
+def _experts(cases: Mapping[str, Record]) -> str:
     rows = []
-    for name, r in cases.items():
-        dense = cases.get(name.replace("moe.fused", "moe.dense"))
-        if r["op_class"] != "moe" or dense is None or r["repeat"] > 1:
+    for work, kernels in expert_kernels(cases).items():
+        if "fused" not in kernels or "GEMM" not in kernels:
             continue
-        details = r["details"]
-        tokens = int(r["shape"]["tokens"])
+        fused, gemm = kernels["fused"], kernels["GEMM"]
         rows.append(
-            (
-                r["family"],
-                tokens,
-                f"{r['iteration_seconds'] / dense['iteration_seconds']:.2f}",
-                f"{r['energy_per_iteration_joules'] / dense['energy_per_iteration_joules']:.2f}",
-                f"{details['distinct_experts']:.1f}",
-                f"{details['expert_rows'] / (tokens * r['shape']['top_k']):.2f}",
-            )
+            [
+                work.model + (" (skewed)" if work.skewed else ""),
+                str(work.tokens),
+                f"{fused['iteration_seconds'] / gemm['iteration_seconds']:.2f}",
+                f"{fused['energy_per_iteration_joules'] / gemm['energy_per_iteration_joules']:.2f}",
+                f"{fused['details']['distinct_experts']:.1f}",
+                f"{rows_per_useful(fused):.2f}",
+            ]
         )
     head = ["model", "tokens", "time", "energy", "distinct experts", "rows computed per useful"]
-    text = [[str(cell) for cell in row] for row in sorted(rows)]
-    return _table("Fused MoE over the GEMM with the same useful FLOPs", head, text)
+    return _table("Fused MoE over the GEMM with the same useful FLOPs", head, rows)
 
 
-def _trust(cases: dict[str, Record]) -> str:
+def _trust(cases: Mapping[str, Record]) -> str:
     rows = []
-    pairs = [(cases[n.removesuffix(".r2")], r) for n, r in cases.items()
-             if n.endswith(".r2") and n.removesuffix(".r2") in cases]  # fmt: skip
+    pairs = repeated(cases)
     for title, key in (("time", "iteration_seconds"), ("energy", "energy_per_iteration_joules")):
         apart = [abs(b[key] / a[key] - 1) for a, b in pairs if a.get(key) and b.get(key)]
         if apart:

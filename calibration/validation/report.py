@@ -184,7 +184,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first column is text and whose others are numbers."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join([_line(head), _line(rule), *(_line(row) for row in rows)])
 
@@ -219,7 +220,7 @@ def _group_table(heading: str, groups: Sequence[Group]) -> str:
         covered = "-" if g.coverage is None else f"{100 * g.coverage:.0f}"
         latency = [_percent(stats, "median") for stats in (g.ttft, g.tpot)]
         rows.append([g.name, str(g.rows), *joules, covered, *watts, *seconds, *latency])
-    return f"### {heading}\n\nErrors in %. TTFT and TPOT: median with sign.\n\n" + _markdown_table(
+    return f"### {heading}\n\nErrors in %. TTFT and TPOT: median with sign.\n\n" + markdown_table(
         head, rows
     )
 
@@ -230,7 +231,7 @@ def _naive_table(groups: Sequence[Group]) -> str:
     ]
     return (
         "### Energy by naive rules\n\nMedian |error| in % (median with sign).\n\n"
-        + _markdown_table(("group", "this model", *NAIVE_RULES), rows)
+        + markdown_table(("group", "this model", *NAIVE_RULES), rows)
     )
 
 
@@ -251,7 +252,7 @@ def _aims(validation: Validation) -> str:
             [s.aim.rows, s.aim.statistic.replace("|", "\\|"), str(s.rows), aim, value, verdict]
         )
     head = ("held-out rows", "statistic", "n", "aim %", "today %", "")
-    return "## Aims\n\n" + _markdown_table(head, rows)
+    return "## Aims\n\n" + markdown_table(head, rows)
 
 
 def _repeats(validation: Validation) -> str:
@@ -337,7 +338,7 @@ def _all_rows(validation: Validation) -> str:
         sources.setdefault(c.row.source, []).append(c)
     for source, members in sources.items():
         parts.append(f"### {source}")
-        parts.append(_markdown_table(head, [_row_cells(c) for c in members]))
+        parts.append(markdown_table(head, [_row_cells(c) for c in members]))
     return "\n\n".join(parts)
 
 
