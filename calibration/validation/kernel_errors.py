@@ -29,6 +29,8 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 """Operator classes by the name they have here; those with a dash are parts of the one above."""
 MODELLED = frozenset(c for members in CLASSES.values() for c in members)
+CLOCK = "at the clock that was measured"
+"""Where `held_out_windows` predicts seconds and watts."""
 WITHOUT_BAR = ("- prefill", "- decode", "sampling")
 
 
