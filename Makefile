@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs docs-output findings kernels notebooks bench bench-week clean
+.PHONY: help demo test lint types docs docs-output findings kernels calibrations notebooks bench bench-week clean
 
 help:
 	@echo 'make demo    energy of the built-in azure_code workload on an A100'
@@ -14,6 +14,7 @@ help:
 	@echo 'make types   mypy --strict on energymodel/'
 	@echo 'make docs    the documentation as a site, in build/site'
 	@echo 'make findings  findings of the paper beside ours, into docs/'
+	@echo 'make calibrations  the shipped calibrations from the measurements, into profiles/'
 	@echo 'make kernels  tables and figures of the measured kernels, into docs/'
 	@echo 'make notebooks  run the notebooks and keep their outputs'
 	@echo 'make bench   speed and memory, in some minutes; bench-week: of 44 million requests'
@@ -44,6 +45,15 @@ docs-output: .venv/.installed-dev
 # Writes the paper's findings into their page, as the tool predicts them today.
 findings: .venv/.installed-dev
 	$(BIN)/energymodel reproduce --format markdown --output docs/paper-findings.md --figure docs/img/paper-findings.png
+
+# Fits the shipped calibrations to the committed measurements again, and transfers the others.
+DATA := calibration/data
+FIT := $(BIN)/energymodel fit --split $(DATA)/split.json
+UNMEASURED := a100 a100-40gb a100-pcie-80gb h100-pcie b200 l40s a6000 rtx-6000-ada l4 mi300x
+calibrations: .venv/.installed-dev
+	$(FIT) $(DATA)/kernels/h100-* $(DATA)/serving/h100-* --start $(DATA)/public/h100.json --out profiles/calibrations/h100.json
+	$(FIT) $(DATA)/kernels/h200-* $(DATA)/serving/h200-* --start h100 --out profiles/calibrations/h200.json
+	$(BIN)/python -m calibration.fitting.transfer $(UNMEASURED) --measured h100
 
 # Writes the page on measured kernels and its figures from the raw windows.
 kernels: .venv/.installed-dev

@@ -28,6 +28,10 @@ def fit(
         str | None,
         typer.Option(help="Calibration to start from.", show_default="the GPU's own that ships"),
     ] = None,
+    split: Annotated[
+        Path | None,
+        typer.Option(help="Which runs the fit may see (JSON); without, all but trace replays."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Calibration file to write.", show_default="GPU.json here")
     ] = None,
@@ -41,9 +45,10 @@ def fit(
         check_writable(out, *(str(path) for path in windows), start)
         from calibration.fitting.machine_fit import fit_machine  # noqa: PLC0415
         from calibration.fitting.measurements import read_measurements  # noqa: PLC0415
+        from calibration.fitting.transfer import start_from  # noqa: PLC0415
+        from calibration.validation.rows import load_split  # noqa: PLC0415
         from energymodel.calibrations import (  # noqa: PLC0415
             list_calibrations,
-            load_calibration,
             save_calibration,
         )
         from energymodel.errors import ConfigurationError  # noqa: PLC0415
@@ -58,8 +63,9 @@ def fit(
             )
         fitted = fit_machine(
             measured,
-            load_calibration(measured.gpu.name if start is None else start),
+            start_from(start or measured.gpu.name, measured.gpu.name),
             lambda text: typer.echo(text, err=True),
+            None if split is None else load_split(split),
         )
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "calibration.json"

@@ -26,8 +26,8 @@ _MOST = 1e30  # no unit used here comes near it
 class KernelCalibration:
     """How kernels of one operator class use the GPU.
 
-    A call takes `call_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)`,
-    p = `sharpness`, with
+    A call takes `call_seconds + splits x split_seconds + tiles x tile_seconds / SMs +
+    (t_compute**p + t_memory**p)**(1/p)`, p = `sharpness`, with
     t_compute = executed FLOPs / (peak x compute_efficiency x wave fill**wave_exponent) and
     t_memory = bytes / (bandwidth x memory_efficiency). Prefill attention has p = 1: the tables of
     the simulator add up its statistics.
@@ -45,6 +45,9 @@ class KernelCalibration:
     """How much a partly filled last wave of tiles costs [-], 0 = nothing, 1 = a full wave."""
     tile_seconds: float = 0.0
     """Time an SM spends on a tile before and after its arithmetic [s]."""
+    split_seconds: float = 0.0
+    """Time of the second kernel that adds up parts, where too few tiles fill the GPU and the sums
+    were split over more thread blocks [s], see `roofline.splits`."""
     eight_bit_efficiency: float = 1.0
     """Compute efficiency of 8-bit products relative to 16-bit ones [-]."""
     active_watts: float = 0.0
@@ -64,7 +67,9 @@ class StackCalibration:
     launch_seconds: float
     """Host time per kernel launched outside a CUDA graph."""
     kernels_per_layer: float
-    """Kernels a layer launches where no graph replays them."""
+    """Kernels that a layer of Llama launches where no graph replays them."""
+    norm_kernels: float = 1.0
+    """Those of them that each of its two RMS norms launches."""
     piecewise_kernels: float = 3.0
     """Launches of a layer whose graphs leave attention out: steps with prompts that fit a graph."""
     step_gap_seconds: float
@@ -75,11 +80,15 @@ class StackCalibration:
     """GPU idle before the first step after a pause: no step runs while it is prepared."""
     request_host_seconds: float = 0.0
     """Host time to admit one request; overlaps the GPU's but in the first step after a pause."""
+    parallel_host_seconds: float = 0.0
+    """Host time of a step beyond that where other processes drive further GPUs."""
     draft_host_seconds: float = 0.0
     """Host time to prepare a pass of a draft model; overlaps the GPU's."""
     round_host_seconds: float = 0.0
     """Host time of a round of speculative decoding; nothing overlaps it, because the next one is
     scheduled when the drafts are known."""
+    round_sequence_host_seconds: float = 0.0
+    """The same per sequence of the round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from energymodel.operators import (
     window_tokens,
 )
 from energymodel.roofline import OperatorCosts, operator_costs
-from energymodel.specs import Draft, GpuSpec, ModelSpec, ServingConfig
+from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
 from energymodel.units import GIB
 
 Array = NDArray[np.float64]
@@ -106,7 +106,7 @@ def cost_tables(
         attention=attention,
         phases=phases,
         graph_tokens=graphs,
-        host=host_seconds(model, stack, draft),
+        host=host_seconds(model, stack, serving),
         limits=np.array(
             [
                 calibration.base_watts,
@@ -399,30 +399,50 @@ def _graph_tokens(serving: ServingConfig) -> NDArray[np.int64]:
     return ordered[np.searchsorted(ordered, np.arange(ordered[-1] + 1))].astype(np.int64)
 
 
-def host_seconds(model: ModelSpec, stack: StackCalibration, draft: Draft | None = None) -> Array:
+def host_seconds(model: ModelSpec, stack: StackCalibration, serving: ServingConfig) -> Array:
     """Host and gap seconds of a step, in the order of `CostTables.host`.
 
     0 of a step in a captured graph, 1 of one with prompts (attention left out of the graph), 2 of
     one that launches every kernel; 3 per sequence; 4 gap, 5 gap per sequence, 6 gap before a first
-    step, 7 per new prompt; 8 of a draft model's pass, attention left out of its graphs, 9 of one
-    that launches every kernel; 10 of a round with drafts.
+    step, 7 per new prompt; 8 of a draft model's pass, which launches every kernel; 9 of a round
+    with drafts, 10 the same per sequence.
     """
-    layers = float(model.num_layers)
-    draft_layers = 0.0 if draft is None else float(draft.model.num_layers)
+    step = stack.step_host_seconds
+    if serving.tensor_parallel > 1:
+        step += stack.parallel_host_seconds
+    draft_kernels = 0.0 if serving.draft is None else _kernels(serving.draft.model, stack)
     return np.array(
         [
-            stack.step_host_seconds,
-            stack.step_host_seconds + stack.piecewise_kernels * layers * stack.launch_seconds,
-            stack.step_host_seconds + stack.kernels_per_layer * layers * stack.launch_seconds,
+            step,
+            step + stack.piecewise_kernels * model.num_layers * stack.launch_seconds,
+            step + _kernels(model, stack) * stack.launch_seconds,
             stack.sequence_host_seconds,
             stack.step_gap_seconds,
             stack.sequence_gap_seconds,
             stack.start_gap_seconds,
             stack.request_host_seconds,
-            stack.draft_host_seconds
-            + stack.piecewise_kernels * draft_layers * stack.launch_seconds,
-            stack.draft_host_seconds
-            + stack.kernels_per_layer * draft_layers * stack.launch_seconds,
+            stack.draft_host_seconds + draft_kernels * stack.launch_seconds,
             stack.round_host_seconds,
+            stack.round_sequence_host_seconds,
         ]
     )
+
+
+_LAYER_NORM_KERNELS = 3.0
+"""A layer norm run op by op converts to 32 bit, normalises and converts back."""
+
+
+def _kernels(model: ModelSpec, stack: StackCalibration) -> float:
+    """Kernels that the layers launch where no graph replays them."""
+    rms = stack.norm_kernels
+    each = min(_LAYER_NORM_KERNELS, rms) if model.layer_norm else rms
+    usual = 1 if model.parallel_block else 2
+    count = 0.0
+    for group in model.layers:
+        doubled = (
+            not model.layer_norm and group.norm_elements == 4 * model.hidden_size
+        )  # Gemma 2, 3
+        of_heads = 2 if group.attention.qk_norm_elements else 0
+        norms = (2 * usual if doubled else usual) * each + of_heads * rms
+        count += group.count * (stack.kernels_per_layer - 2.0 * rms + norms)
+    return count

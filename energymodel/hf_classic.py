@@ -13,7 +13,9 @@ def phi(c: ConfigReader) -> ModelSpec:
     s = read_shape(c, bias=True)
     mlp = MlpSpec(intermediate_size=c.count("intermediate_size"), gated=False, bias=True)
     layers = uniform_layers(s, mlp, 2 * s.hidden, [None] * s.layers)
-    return assemble(c, s, layers, 2 * s.hidden, lm_head_bias=True, parallel_block=True)
+    return assemble(
+        c, s, layers, 2 * s.hidden, lm_head_bias=True, parallel_block=True, layer_norm=True
+    )
 
 
 def _classic(
@@ -58,7 +60,9 @@ def falcon(c: ConfigReader) -> ModelSpec:
     parallel_norms = c.count("num_ln_in_parallel_attn", most=2, default=2 if new else 1)
     norms = (parallel_norms if parallel else 2) * 2 * hidden
     layers = uniform_layers(s, mlp, norms, [None] * s.layers)
-    return assemble(c, s, layers, 2 * hidden, tied_default=True, parallel_block=parallel)
+    return assemble(
+        c, s, layers, 2 * hidden, tied_default=True, parallel_block=parallel, layer_norm=True
+    )
 
 
 def opt(c: ConfigReader) -> ModelSpec:
@@ -75,7 +79,15 @@ def opt(c: ConfigReader) -> ModelSpec:
     mlp = MlpSpec(intermediate_size=c.count("ffn_dim"), gated=False, bias=True)
     stack = uniform_layers(s, mlp, 4 * hidden, [None] * layers)
     positions = (c.count("max_position_embeddings") + 2) * hidden
-    return assemble(c, s, stack, 2 * hidden, tied_default=True, learned_position_elements=positions)
+    return assemble(
+        c,
+        s,
+        stack,
+        2 * hidden,
+        tied_default=True,
+        learned_position_elements=positions,
+        layer_norm=True,
+    )
 
 
 def gpt2(c: ConfigReader) -> ModelSpec:
@@ -96,6 +108,7 @@ def gpt2(c: ConfigReader) -> ModelSpec:
         tied_default=True,
         positions="n_positions",
         learned_position_elements=c.count("n_positions") * hidden,
+        layer_norm=True,
     )
 
 
@@ -111,4 +124,6 @@ def bloom(c: ConfigReader) -> ModelSpec:
     s = _classic(c, hidden=hidden, heads=heads, kv_heads=heads, layers=layers, bias=True)
     mlp = MlpSpec(intermediate_size=4 * hidden, gated=False, bias=True)
     stack = uniform_layers(s, mlp, 4 * hidden, [None] * layers)
-    return assemble(c, s, stack, 4 * hidden, tied_default=True, positions="seq_length")
+    return assemble(
+        c, s, stack, 4 * hidden, tied_default=True, positions="seq_length", layer_norm=True
+    )

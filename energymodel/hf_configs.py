@@ -195,7 +195,8 @@ def _olmo(c: ConfigReader) -> ModelSpec:
     """OLMo 1: layer norms without weights."""
     c.ignore("clip_qkv")
     s = read_shape(c, bias=c.flag("attention_bias", False))
-    return assemble(c, s, uniform_layers(s, gated_mlp(c), 0, [None] * s.layers), 0)
+    layers = uniform_layers(s, gated_mlp(c), 0, [None] * s.layers)
+    return assemble(c, s, layers, 0, layer_norm=True)
 
 
 def _olmo2(c: ConfigReader) -> ModelSpec:

@@ -41,6 +41,7 @@ def assemble(
     lm_head_bias: bool = False,
     learned_position_elements: int = 0,
     parallel_block: bool = False,
+    layer_norm: bool = False,
 ) -> ModelSpec:
     """Put a model together; identical layers become one group, in order of first appearance."""
     counts: dict[Layer, int] = {}
@@ -66,6 +67,7 @@ def assemble(
         lm_head_bias=lm_head_bias,
         learned_position_elements=learned_position_elements,
         parallel_block=parallel_block,
+        layer_norm=layer_norm,
     )
 
 

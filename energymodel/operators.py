@@ -64,9 +64,9 @@ class OperatorTable:
 
     `flops`, `executed_flops`, `hbm_bytes`, `activation_bytes`, `link_bytes` and `tiles` have the
     shape (operators, statistics); the rest (operators,). `flops` counts useful work,
-    `executed_flops` what the kernel runs (tile padding of the experts included). `tiles` counts
-    the thread blocks' pieces of work: TILE x TILE outputs of a GEMM, TILE query rows of a head in
-    prefill attention, a sequence of a KV head in decode attention.
+    `executed_flops` what the kernel takes the time of (tile padding of the experts included).
+    `tiles` counts the thread blocks' pieces of work: TILE x TILE outputs of a GEMM, TILE query rows
+    of a head in prefill attention, a sequence of a KV head in decode attention.
     """
 
     names: tuple[str, ...]
@@ -75,6 +75,8 @@ class OperatorTable:
     calls: Array
     gemm_n: Array
     """Output columns of a GEMM [elements]; 0 for the others."""
+    gemm_k: Array
+    """Length of the sums of a GEMM [elements]; 0 for the others."""
     flops: Array
     executed_flops: Array
     hbm_bytes: Array
@@ -90,6 +92,7 @@ class _Operator:
     compute_dtype: str
     calls: float
     gemm_n: float = 0.0
+    gemm_k: float = 0.0
     flops: dict[str, float] | None = None
     executed_flops: dict[str, float] | None = None
     hbm_bytes: dict[str, float] | None = None
@@ -135,6 +138,7 @@ def _gemm(
         compute_dtype=compute_dtype(dtype),
         calls=count,
         gemm_n=n,
+        gemm_k=k,
         flops=work,
         executed_flops=work,
         hbm_bytes={"one": n * k * count * BYTES_PER_ELEMENT[dtype]},
@@ -201,6 +205,9 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
     # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
     rotary = 2.0 * (query + kv_elements) * _ACTIVATION_BYTES
     yield _elementwise("rotary_and_kv_write", rotary, count, kernels=2)
+    if spec.qk_norm_elements and serving.stack != "vllm":  # whose compiler fuses them with rotary
+        heads_normed = 2.0 * (query + kv_heads * spec.head_dim) * _ACTIVATION_BYTES
+        yield _elementwise("qk_norm", heads_normed, count, kernels=2)
     yield _gemm("o_proj", hidden, output, count, dtype)
 
 
@@ -335,7 +342,7 @@ def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:
 
 
 _UNFUSED = {"norm": (42.0 / 8.0, 9.0), "rotary_and_kv_write": (18.0 / 4.0, 7.0)}
-_UNFUSED |= {"activation": (10.0 / 6.0, 2.0)}
+_UNFUSED |= {"activation": (10.0 / 6.0, 2.0), "qk_norm": (36.0 / 4.0, 8.0)}
 """Bytes and kernels of what Transformers runs op by op, over those of the fused kernel.
 
 Counted in `modeling_llama.py` of Transformers 5, per element: a norm converts to 32 bit, squares,
@@ -377,6 +384,7 @@ def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
         compute_dtype=tuple(g[0].compute_dtype for g in groups),
         calls=np.array([sum(op.calls for op in g) for g in groups]),
         gemm_n=np.array([g[0].gemm_n for g in groups]),
+        gemm_k=np.array([g[0].gemm_k for g in groups]),
         flops=coefficients("flops"),
         executed_flops=coefficients("executed_flops"),
         hbm_bytes=coefficients("hbm_bytes"),

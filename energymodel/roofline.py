@@ -2,15 +2,20 @@
 
 Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
-    t = call_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)
+    t = call_seconds + splits x split_seconds + tiles x tile_seconds / SMs
+        + (t_compute**p + t_memory**p)**(1/p)
 
-The second term is what an SM spends on each tile before and after its arithmetic; t_memory holds
-the bytes from device memory, from the L2 and over links.
+The second term is a second kernel that adds up the parts of sums that were split (`splits`), the
+third what an SM spends on each tile before and after its arithmetic; t_memory holds the bytes from
+device memory, from the L2 and over links.
 
 Energy of a step whose GPU time is t:
 
     E = base_watts t + sum_o (active_watts_o t_o + e_flop F_o + e_hbm H_o
-                             + e_onchip A_o + e_link K_o)
+                             + e_onchip (A_o + H_o) + e_link K_o)
+
+with useful FLOPs F (rows of zeros that pad a tile switch no transistors) and with H twice: bytes
+from device memory cross the chip as those from the L2 do.
 
 When that average power exceeds the board's limit, the clock falls to a share x of its highest
 (`clock_under_cap`): compute-bound time grows as 1/x and core energy falls as x**a, because
@@ -36,9 +41,17 @@ Array = NDArray[np.float64]
 _ROWS, _TOKENS = STATS.index("rows"), STATS.index("tokens")
 EIGHT_BIT = ("fp8", "int8")
 """Compute dtypes of 8 bits."""
+_LOWEST_CLOCK = 0.2
+"""Share of the highest clock below which the power limit pushes no GPU [-]."""
+_BISECTIONS, _NEWTON_STEPS = 12, 4  # to 2e-4, then to the last digit
 _MMA_ROWS = 16
 """Rows a GEMM is padded to: tokens lie on the N side of the matrix instruction, whose N is a
 multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take tiles of 16."""
+_LONG_SUM = 8192.0
+"""Length of a GEMM's sums [elements] from which on splitting them is usual; scales `splits`."""
+_SPLIT_BELOW = 0.8
+"""Decode attention splits sequences while its thread blocks fill less of the SMs (FlashAttention,
+`num_splits_heuristic`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +92,22 @@ def wave_fill(rows: Array, columns: Array, sm_count: int) -> Array:
     return fill
 
 
+def splits(
+    *, gemm_rows: Array, gemm_columns: Array, gemm_k: Array, tiles: Array, calls: Array,
+    is_decode_attention: NDArray[np.bool_], sm_count: int,
+) -> Array:  # fmt: skip
+    """Second kernels that add up parts of split sums, of all `calls` together [-].
+
+    A GEMM's are the more likely, and the longer, the fewer SMs its tiles fill and the longer its
+    sums are. Decode attention has one wherever its sequences fill too few SMs. Arguments broadcast.
+    """
+    of_gemm = np.ceil(gemm_rows / TILE) * np.ceil(gemm_columns / TILE) / sm_count
+    gemm = np.maximum(1.0 - of_gemm, 0.0) * gemm_k / _LONG_SUM
+    few = (tiles > 0) & (tiles < _SPLIT_BELOW * sm_count * calls)
+    result: Array = calls * np.where(is_decode_attention, few, gemm * (gemm_rows > 0))
+    return result
+
+
 def operator_costs(
     table: OperatorTable, stats: Array, gpu: GpuSpec, calibration: Calibration
 ) -> OperatorCosts:
@@ -117,14 +146,26 @@ def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str,
     """
     is_logits = np.array([n == "logits" for n in table.names])
     is_link = np.array([c == "communication" for c in table.op_class])
+    gemm_rows = np.where(is_logits, stats[:, [_ROWS]], stats[:, [_TOKENS]])
+    tiles = stats @ table.tiles.T
     return {
+        "flops": stats @ table.flops.T,
         "executed_flops": stats @ table.executed_flops.T,
         "hbm_bytes": stats @ table.hbm_bytes.T,
         "activation_bytes": stats @ table.activation_bytes.T,
         "link_bytes": stats @ table.link_bytes.T,
-        "tiles": stats @ table.tiles.T,
+        "tiles": tiles,
+        "splits": splits(
+            gemm_rows=gemm_rows,
+            gemm_columns=table.gemm_n,
+            gemm_k=table.gemm_k,
+            tiles=tiles,
+            calls=table.calls,
+            is_decode_attention=np.array([c == "attention_decode" for c in table.op_class]),
+            sm_count=gpu.sm_count,
+        ),
         "calls": table.calls,
-        "gemm_rows": np.where(is_logits, stats[:, [_ROWS]], stats[:, [_TOKENS]]),
+        "gemm_rows": gemm_rows,
         "gemm_columns": table.gemm_n,
         "flops_per_s": np.array([_peak(gpu, d) for d in table.compute_dtype]),
         "eight_bit": np.array([d in EIGHT_BIT for d in table.compute_dtype]),
@@ -134,11 +175,13 @@ def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str,
 
 def kernel_costs(
     *,
+    flops: Array,
     executed_flops: Array,
     hbm_bytes: Array,
     activation_bytes: Array,
     link_bytes: Array,
     tiles: Array,
+    splits: Array,
     calls: Array,
     gemm_rows: Array,
     gemm_columns: Array,
@@ -155,7 +198,8 @@ def kernel_costs(
 
     Parameters
     ----------
-    executed_flops, hbm_bytes, activation_bytes, link_bytes, tiles : work of all `calls` together
+    flops : useful ones, which take energy; executed_flops : those that take time
+    hbm_bytes, activation_bytes, link_bytes, tiles, splits : like the FLOPs, of all `calls` together
     gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
     flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
     eight_bit : whether the kernel multiplies 8-bit numbers
@@ -185,15 +229,16 @@ def kernel_costs(
     together = longest * (from_compute + from_memory) ** (1.0 / sharpness)
     busy = (executed_flops + hbm + activation_bytes + link_bytes + tiles) > 0
     compute_share = from_compute / (from_compute + from_memory + 1e-300)
-    fixed = np.where(busy, calls * (parameter("call_seconds") + gap_seconds), 0.0)
+    fixed = calls * (parameter("call_seconds") + gap_seconds) + splits * parameter("split_seconds")
+    fixed = np.where(busy, fixed, 0.0)
     compute_seconds = np.where(busy, together * compute_share, 0.0) + tiling
     waiting = np.where(busy, together * (1.0 - compute_share), 0.0)
     active = parameter("active_watts")
     return OperatorCosts(
         memory_seconds=waiting + fixed,
         compute_seconds=compute_seconds,
-        flop_joules=executed_flops * joules_per_flop * parameter("flop_energy_factor"),
-        onchip_joules=activation_bytes * calibration.joules_per_onchip_byte,
+        flop_joules=flops * joules_per_flop * parameter("flop_energy_factor"),
+        onchip_joules=(activation_bytes + hbm_bytes) * calibration.joules_per_onchip_byte,
         active_memory_joules=active * waiting,
         active_compute_joules=active * compute_seconds,
         hbm_joules=hbm * calibration.joules_per_hbm_byte,
@@ -214,35 +259,40 @@ def clock_under_cap(
 ) -> Array:
     """Share x of the highest clock at which average power meets the board's limit [-].
 
-    Solves base + (fixed + core x**a) / t = cap by bisection, with t = max(t_memory + t_compute / x,
-    t_host) + t_gap: the limit is held on average, so that pauses allow a higher clock. 1 where the
-    limit does not bind. All arrays of one shape.
+    Solves base + (fixed + core x**a) / t = cap, with t = max(t_memory + t_compute / x, t_host) +
+    t_gap: the limit is held on average, so that pauses allow a higher clock. 1 where the limit does
+    not bind. All arrays of one shape. By bisection, and Newton's method from below.
     """
-    base, cap, exponent = (
-        calibration.base_watts,
-        calibration.power_cap_watts,
-        calibration.clock_energy_exponent,
-    )
-
-    def excess(x: Array, memory: Array, compute: Array, fixed: Array, core: Array,
-               host: Array, gap: Array) -> Array:  # fmt: skip
-        seconds = np.maximum(memory + compute / x, host) + gap
-        result: Array = fixed + core * x**exponent - (cap - base) * seconds
-        return result
-
-    steps = np.broadcast_arrays(
+    exponent = calibration.clock_energy_exponent
+    watts = calibration.power_cap_watts - calibration.base_watts
+    everything = np.broadcast_arrays(
         memory_seconds, compute_seconds, fixed_joules, core_joules, host_seconds, gap_seconds
     )
     share = np.ones_like(memory_seconds)
-    capped = excess(share, *steps) > 0
-    held = [part[capped] for part in steps]
-    low, high = np.full_like(held[0], 0.2), np.ones_like(held[0])
-    for _ in range(40 if capped.any() else 0):
+    seconds = np.maximum(memory_seconds + compute_seconds, host_seconds) + gap_seconds
+    capped = fixed_joules + core_joules > watts * seconds
+    if not capped.any():
+        return share
+    memory, compute, fixed, core, host, gap = (part[capped] for part in everything)
+
+    def excess(x: Array) -> Array:
+        seconds = np.maximum(memory + compute / x, host) + gap
+        return np.asarray(fixed + core * x**exponent - watts * seconds)
+
+    low, high = np.full_like(memory, _LOWEST_CLOCK), np.ones_like(memory)
+    for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
-        over = excess(middle, *held) > 0
+        over = excess(middle) > 0
         high = np.where(over, middle, high)
         low = np.where(over, low, middle)
-    share[capped] = low
+    x, solvable = low, low > _LOWEST_CLOCK
+    for _ in range(_NEWTON_STEPS):
+        of_seconds = np.where(memory + compute / x > host, compute / x**2, 0.0)
+        slope = exponent * core * x ** (exponent - 1.0) + watts * of_seconds
+        x = np.minimum(
+            x - np.where(solvable, excess(x) / np.where(solvable, slope, 1.0), 0.0), high
+        )
+    share[capped] = x
     return share
 
 

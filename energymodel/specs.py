@@ -147,6 +147,8 @@ class ModelSpec:
     """Weights of a learned position table (OPT, GPT-2); 0 for rotary models."""
     parallel_block: bool = False
     """Attention and MLP read the same normalised input (Falcon, Phi, GPT-J)."""
+    layer_norm: bool = False
+    """Layer norms in place of RMS norms."""
     source: str = ""
 
     @property

@@ -304,7 +304,7 @@ def round_cost(
     host = launches * stack.launch_seconds
     for j in range(1, drafts + 1):
         if j == 1:
-            own, own_graph = pass_costs(
+            own, _ = pass_costs(
                 draft.model,
                 first,
                 *fitted,
@@ -315,7 +315,7 @@ def round_cost(
             )
         else:
             ahead = [c + per_round for c in held] + [float(start + size) for start, size in chunks]
-            own, own_graph = pass_costs(
+            own, _ = pass_costs(
                 draft.model,
                 alone,
                 *fitted,
@@ -325,9 +325,9 @@ def round_cost(
                 chunks=[],
             )
         tables = tables + own
-        each = stack.piecewise_kernels if own_graph else kernels
-        host += stack.draft_host_seconds + each * draft.model.num_layers * stack.launch_seconds
-    gap = stack.round_host_seconds + stack.sequence_host_seconds * count
+        host += stack.draft_host_seconds + kernels * draft.model.num_layers * stack.launch_seconds
+    gap = stack.round_host_seconds
+    gap += (stack.sequence_host_seconds + stack.round_sequence_host_seconds) * count
     gap += stack.request_host_seconds * len(chunks)
     gap += stack.step_gap_seconds * (1 + drafts) + stack.sequence_gap_seconds * count
     gap += stack.start_gap_seconds * starting

@@ -158,7 +158,10 @@ def test_eight_bit_products_get_their_own_efficiency_and_energy(tmp_path: Path) 
 
 
 def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
-    """Made up: 9 us and 300 GB/s, 120 pJ/B above a base of 138.6 W on each of two boards."""
+    """Made up: 300 GB/s, 120 pJ/B above a base of 138.6 W on each of two boards.
+
+    The time of small messages stays the start's: a serving engine sends them another way.
+    """
     some = next(r for r in some_kernels() if r.get("op_class") == "gemm")
     reduces = []
     for size in (2.0**14, 2.0**17, 2.0**20, 2.0**23, 2.0**26, 2.0**29):
@@ -180,7 +183,8 @@ def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
     link = load_gpu("h100").link_bytes_per_s
     kernel = fitted.kernels["communication"]
     assert kernel.memory_efficiency * link == pytest.approx(300e9, rel=0.02)
-    assert kernel.call_seconds == pytest.approx(9e-6, rel=0.05)
+    start = load_calibration("h100").kernels["communication"]
+    assert kernel.call_seconds == pytest.approx(start.call_seconds, rel=1e-5)
     assert fitted.joules_per_link_byte == pytest.approx(120e-12, rel=0.02)
     assert fitted.provenance["kernel_windows"]["communication"] == 6
     assert "communication" not in fitted.provenance["classes_not_measured"]

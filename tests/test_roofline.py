@@ -30,10 +30,12 @@ def costs_of(kernel: object, eight_bit: bool = False, **work: float) -> Operator
         "activation_bytes": 0.0,
         "link_bytes": 0.0,
         "tiles": 0.0,
+        "splits": 0.0,
         "calls": 1.0,
         "gemm_rows": 0.0,
         "gemm_columns": 0.0,
     }
+    work.setdefault("flops", work.get("executed_flops", 0.0))
     arrays = {k: np.array([v]) for k, v in (values | work).items()}
     return kernel_costs(
         **arrays,

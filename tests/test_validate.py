@@ -190,7 +190,11 @@ def test_a_saturated_row_costs_what_it_adds_to_its_ramp() -> None:
         ({"gpu": "h200"}, False),
         ({"model_name": "olmoe-1b-7b"}, False),
         ({"model_name": "qwen3-14b"}, False),
-        ({"options": {"tensor_parallel": 2}}, False),
+        ({"options": {"tensor_parallel": 2}}, True),
+        ({"options": {"tensor_parallel": 2}, "model_name": "llama-3.1-8b"}, False),
+        ({"options": {"tensor_parallel": 4}}, False),
+        ({"options": {"draft_model": "llama-3.2-1b"}, "batch": 32}, True),
+        ({"options": {"draft_model": "llama-3.2-1b"}, "batch": 8}, False),
         ({"source": V3}, False),
     ],
 )

@@ -25,6 +25,7 @@ from energymodel.roofline import (
     EIGHT_BIT,
     OperatorCosts,
     kernel_costs,
+    splits,
     step_seconds_and_joules,
 )
 from energymodel.specs import GpuSpec
@@ -43,6 +44,8 @@ class KernelRows:
     op_class: tuple[str, ...]
     family: tuple[str, ...]
     dtype: tuple[str, ...]
+    flops: Array
+    """Useful ones."""
     executed_flops: Array
     hbm_bytes: Array
     activation_bytes: Array
@@ -52,6 +55,7 @@ class KernelRows:
     calls: Array
     gemm_rows: Array
     gemm_columns: Array
+    gemm_k: Array
     seconds: Array
     """Measured time of one iteration [s]."""
     watts: Array
@@ -111,11 +115,21 @@ def row_costs(
 
     is_link = np.array([c == "communication" for c in rows.op_class])
     return kernel_costs(
+        flops=rows.flops,
         executed_flops=rows.executed_flops,
         hbm_bytes=rows.hbm_bytes,
         activation_bytes=rows.activation_bytes,
         link_bytes=rows.link_bytes,
         tiles=rows.tiles,
+        splits=splits(
+            gemm_rows=rows.gemm_rows,
+            gemm_columns=rows.gemm_columns,
+            gemm_k=rows.gemm_k,
+            tiles=rows.tiles,
+            calls=rows.calls,
+            is_decode_attention=np.array([c == "attention_decode" for c in rows.op_class]),
+            sm_count=gpu.sm_count,
+        ),
         calls=rows.calls,
         gemm_rows=rows.gemm_rows,
         gemm_columns=rows.gemm_columns,

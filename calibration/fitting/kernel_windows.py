@@ -13,20 +13,22 @@ from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
 from energymodel.operators import SOFTMAX_WIDTH, TILE
 
+_L2_BYTES = 50 * 2**20
+"""Of the GPUs that were measured (H100 and H200: GH100 whitepaper)."""
 _CLASS_OF = {
     "gemm": "gemm",
     "moe": "moe",
     "attention_prefill": "attention_prefill",
     "attention_decode": "attention_decode",
     "elementwise": "elementwise",
-    "copy": "elementwise",
     "sampling": "sampling",
     "communication": "communication",
 }
 """Operator class of the model by the suite's class; windows of other classes are no kernels."""
-_WRITES = ("copy_write",)
-"""Windows that only write: a byte written takes less energy than one read, a step writes little,
-and the model has one energy for both."""
+_OTHER_KERNELS = ("kv_write", "rotary", "embedding", "sample_random")
+"""Launchers that are no rows of their class: writes scattered over the cache, gathers and drawing
+random tokens are bound by other things than their bytes (two of them reach 0.8 TB/s where norms
+reach 4), and are small parts of a step."""
 
 
 def read_windows(path: Path) -> list[dict[str, Any]]:
@@ -47,8 +49,12 @@ def read_windows(path: Path) -> list[dict[str, Any]]:
 def kernel_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
     """Rows of one GPU's windows whose operator class the model knows; repeats are rows too."""
     known = set(_CLASS_OF) - {"communication"}
-    used = [w for w in windows if w["op_class"] in known and w["launcher"] not in _WRITES]
+    used = [w for w in windows if w["op_class"] in known and not _is_other(w)]
     return _rows(used, boost_clock_hz)
+
+
+def _is_other(window: Mapping[str, Any]) -> bool:
+    return any(window["launcher"].endswith(name) for name in _OTHER_KERNELS)
 
 
 def link_rows(windows: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
@@ -72,14 +78,16 @@ def _rows(used: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
         op_class=tuple(_CLASS_OF[w["op_class"]] for w in used),
         family=tuple(f"{w['op_class']} {w['family']}" for w in used),
         dtype=tuple(w["dtype"] for w in used),
+        flops=column("flops"),
         executed_flops=column("executed_flops"),
-        hbm_bytes=np.array([w["hbm_bytes"] for w in used]),
+        hbm_bytes=np.array([w["hbm_bytes"] for w in used]) * _reads(used),
         activation_bytes=np.array([w["activation_bytes"] for w in used]),
         link_bytes=np.array([w["link_bytes"] for w in used]),
         tiles=column("tiles"),
         calls=np.ones(len(used)),
         gemm_rows=column("gemm_rows"),
         gemm_columns=column("gemm_columns"),
+        gemm_k=column("gemm_k"),
         seconds=np.array([w["iteration_seconds"] for w in used]),
         watts=np.array([w["power_watts"] for w in used]),
         clock=np.array([w["window"]["sm_clock_hz"] / boost_clock_hz for w in used]),
@@ -87,26 +95,49 @@ def _rows(used: list[dict[str, Any]], boost_clock_hz: float) -> KernelRows:
     )
 
 
+def _reads(used: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """How often each window reads its weights from device memory.
+
+    Fused experts whose launch takes one block of rows after another (`GROUP_SIZE_M` 1) read an
+    expert that does not stay in the L2 anew for each of its blocks.
+    """
+    times = np.ones(len(used))
+    for i, window in enumerate(used):
+        details, shape = window["details"], window["shape"]
+        config = details.get("config", {})
+        if window["op_class"] != "moe" or config.get("GROUP_SIZE_M") != 1:
+            continue
+        gate_up_bytes = 2.0 * shape["width"] * shape["hidden"] * 2.0
+        blocks = details["expert_rows"] / config["BLOCK_SIZE_M"]
+        if gate_up_bytes > 0.5 * _L2_BYTES:
+            times[i] = max(1.0, blocks / details["distinct_experts"])
+    return times
+
+
 def _work(window: Mapping[str, Any]) -> dict[str, float]:
     """Work that the model counts its own way, as `operators` does."""
     shape, kind = window["shape"], window["op_class"]
     if kind == "gemm":
         return {
+            "flops": window["flops"],
             "executed_flops": window["flops"],
             "tiles": shape["m"] * shape["n"] / TILE**2,
             "gemm_rows": shape["m"],
             "gemm_columns": shape["n"],
+            "gemm_k": shape["k"],
         }
     if kind == "attention_prefill":
         rows = np.ceil(shape["tokens"] / TILE) * TILE
         pairs = shape["batch"] * (rows * shape["past"] + rows * (rows + TILE) / 2.0)
         width = shape["head_dim"] + SOFTMAX_WIDTH
         return {
+            "flops": 4.0 * shape["heads"] * shape["head_dim"] * pairs,
             "executed_flops": 4.0 * shape["heads"] * width * pairs,
             "tiles": shape["batch"] * rows * shape["heads"] / TILE,
         }
     if kind == "attention_decode":
         return {
+            "flops": window["flops"],
             "executed_flops": window["flops"],
             "tiles": shape["batch"] * shape["kv_heads"],
         }
@@ -114,6 +145,7 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
         rows = window["details"]["expert_rows"]
         width, hidden = shape["width"], shape["hidden"]
         return {
+            "flops": window["flops"],
             "executed_flops": 6.0 * rows * width * hidden,
             "tiles": rows * (2.0 * width + hidden) / TILE**2,
         }

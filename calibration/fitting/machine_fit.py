@@ -1,57 +1,52 @@
-"""Fits a calibration to what one machine measured: `energymodel fit`. No torch, no GPU.
+"""Fits a calibration to what was measured on GPUs of one kind: `energymodel fit`. No torch, no GPU.
 
-Three stages, each starting from the one before; the first starts from the GPU's shipped
-calibration:
+One joint fit (`joint_fit`) of kernel windows and serving runs moves all parameters of which they
+tell something; all-reduces of two GPUs are fitted apart before (`fit_link`). The start is the GPU's
+shipped calibration, or another.
 
-1. seconds of kernels alone, class by class (`fit.fit_kernel_seconds`; 8-bit products after the
-   16-bit ones),
-2. seconds and watts of all kernel windows together (`fit_serving.fit_serving` without runs;
-   all-reduces of two GPUs are fitted apart before: `fit_link`),
-3. where serving runs were measured: host times of their stacks, the gap between kernels and the
-   base power (`fit_serving.fit_serving`); what kernels cost stays as measured alone.
+Errors are of what a fit did not see. Kernel windows: by shape family. Serving runs: with a written
+split (`data/split.json`), the runs it holds out, and beside them each fitted model's runs by a fit
+without it; else by model (by input length, where a stack served one model only). Trace replays are
+never fitted. The same files give the same calibration.
 
-Errors are of what a fit did not see: kernel windows by shape family, serving runs by model (by
-shape, where a stack served one model only). Trace replays are never fitted. The same files give
-the same calibration.
+The shipped calibrations are made this way too, see `docs/calibrating.md`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fitting.fit_errors import (
+    Pairs,
+    card_spread,
+    interval_of_machine,
+    interval_of_split,
+    plain_each,
+    run_errors,
+)
 from calibration.fitting.fit_kernels import (
-    TIME_PARAMETERS,
     ErrorSummary,
     KernelRows,
     fit_kernel_seconds,
     summarize,
 )
-from calibration.fitting.fit_serving import (
-    LEVEL,
-    PARAMETERS,
-    Parameter,
-    Run,
-    fit_serving,
-    runs_of,
-    simulated,
-    usable,
-    value_at,
-    window_seconds_and_watts,
-)
+from calibration.fitting.joint_fit import JointFit, joint_fit, predicted_windows
 from calibration.fitting.kernel_windows import kernel_rows, link_rows
 from calibration.fitting.measured_runs import read_own
 from calibration.fitting.measurements import Measurements, machine_of, measured_watts
+from calibration.fitting.parameters import parameters_for
+from calibration.fitting.serving_runs import Run, runs_of, usable
+from calibration.validation.rows import is_fitted
 from energymodel import __version__
 from energymodel.calibrations import Calibration, IntervalCalibration
 from energymodel.errors import EnergyModelError
-from energymodel.roofline import EIGHT_BIT
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
@@ -60,22 +55,21 @@ Progress = Callable[[str], None]
 
 _KERNEL_FOLDS, _RUN_FOLDS = 8, 4
 _FEWEST_FAMILIES = 3
-_FEWEST_RUNS, _RUNS_FOR_P90 = 3, 10
-"""Held-out runs that an interval takes at least; with fewer than 10, their largest error counts."""
-_WIDER = 1.25
-_ONE_MODEL = 2.0
-"""Widening where one model was measured: a fit to Llama-3.1-8B on one H100 had a p90 of 7.7 % by
-input length, and on another H100 of 2.9 % for the same model, 6.8 % for OLMoE-1B-7B and 13.4 % for
-Llama-3.2-1B, whose steps wait for the host as the 8B's never do."""
-_WHOLE_RUNS = ("kernel_gap_seconds", "burst_joules")
-"""What only whole runs tell of the GPU, beside the stacks' host times."""
+_FEWEST_LINK_ROWS = 2
+_NCCL_BYTES = 8 * 2**20
+"""Messages from which on NCCL carries them in vLLM; its own all-reduce takes the smaller ones."""
 _DIGITS = 6
 
 
 def fit_machine(
-    measured: Measurements, start: Calibration, progress: Progress = lambda _: None
+    measured: Measurements,
+    start: Calibration,
+    progress: Progress = lambda _: None,
+    split: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Calibration of the measured GPU, with held-out errors, intervals and provenance.
+
+    `split` : of `rows.load_split`; None = every run but trace replays is open to the fit.
 
     Raises
     ------
@@ -84,6 +78,7 @@ def fit_machine(
     """
     gpu = measured.gpu
     windows = measured.windows
+    origin = f"calibration of the {start.gpu}, origin {start.origin}"
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
     rows = kernel_rows(windows, gpu.boost_clock_hz)
     rows = rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype])
@@ -96,30 +91,37 @@ def fit_machine(
     progress(f"{len(rows)} kernel windows of {families} shape families")
     links = link_rows(windows, gpu.boost_clock_hz)
     start = fit_link(links, gpu, start)
-    kernels, log_std = fit_windows(rows, gpu, start)
-    errors = _summaries(rows, *held_out_windows(rows, gpu, start))
+    errors = window_errors(rows, *held_out_windows(rows, gpu, start))
     found, left_out = read_own(measured.serving_files)
     mine = [r for r in found if usable(r, gpu.name)]
-    runs = runs_of([row for row in mine if row.phase in ("prefill", "batch")])
-    replays = runs_of([row for row in mine if row.phase == "trace"])
-    calibration = kernels
-    held_out: dict[str, list[tuple[Run, Calibration]]] = {}
-    if runs:
-        progress(f"{len(runs)} serving runs")
-        fitted = fit_serving(runs, rows, gpu, kernels, _run_parameters(kernels, runs))
-        calibration, log_std = fitted.calibration, {**log_std, **fitted.log_std}
-        held_out = _held_out_runs(runs, rows, gpu, kernels, progress)
-        for run in replays:
-            held_out.setdefault(run.row.stack, []).append((run, calibration))
-    run_errors = {stack: _run_errors(pairs) for stack, pairs in held_out.items()}
-    worst = errors["all"]["joules"].p90
-    calibration = _rounded(calibration)
-    intervals = {
-        stack: _run_interval(held_out[stack], run_errors[stack]["joules"])
-        if len(held_out.get(stack, ())) >= _FEWEST_RUNS
-        else _kept_interval(interval, start, worst)
-        for stack, interval in start.intervals.items()
-    }
+    runs = runs_of([row for row in mine if _is_open(row, split)])
+    others = runs_of([row for row in mine if not _is_open(row, split)])
+    progress(f"{len(runs)} serving runs, {len(others)} never fitted")
+    fit = _fit(runs, rows, gpu, start)
+    calibration = _rounded(fit.calibration)
+    held_out = _by_stack([(run, calibration) for run in others])
+    if split is None:
+        for stack, pairs in _by_stack(_held_out_runs(runs, rows, gpu, start, progress)).items():
+            held_out[stack] = [*pairs, *held_out.get(stack, ())]
+        worst = errors["all"]["joules"].p90
+        intervals = {
+            stack: interval_of_machine(held_out.get(stack, ()), interval, start.origin, worst)
+            for stack, interval in start.intervals.items()
+        }
+        left: dict[str, Pairs] = {}
+    else:
+        progress("each fitted model left out")
+        left = _by_stack(_models_left_out(runs, rows, gpu, start))
+        taken_over: Mapping[str, IntervalCalibration] = {} if runs else start.intervals
+        intervals = {
+            stack: interval_of_split(held_out[stack], left.get(stack, ())) for stack in held_out
+        }
+        least = max((i.high - 1.0 for i in intervals.values()), default=0.0)
+        for stack in start.stacks:
+            if stack not in intervals:
+                intervals[stack] = interval_of_split(
+                    (), left.get(stack, ()), taken_over.get(stack), least
+                )
     files = {
         hashlib.sha256(path.read_bytes()).hexdigest(): path.name
         for path in (*measured.kernel_files, *measured.serving_files)
@@ -129,7 +131,7 @@ def fit_machine(
         "energymodel": __version__,
         "board": measured.board,
         **machine_of(measured),
-        "start": f"calibration of {start.gpu}, origin {start.origin}",
+        "start": origin,
         "start_has_seen": sorted(files[sha] for sha in files if sha in _seen(start)),
         "files": files,
         "kernel_windows": dict(Counter(rows.op_class + links.op_class)),
@@ -140,87 +142,74 @@ def fit_machine(
             c for c in start.kernels if c not in rows.op_class + links.op_class
         ],
         "held_out_windows": "each predicted by a fit without any window of its shape family",
-        "held_out_errors": {c: {k: _plain(v) for k, v in e.items()} for c, e in errors.items()},
+        "held_out_errors": {c: plain_each(e) for c, e in errors.items()},
         "serving_runs": {
             "fitted": len(runs),
-            "never fitted": len(replays),
-            "unsteady, left out": len(found) - len(mine),
+            "never fitted": len(others),
+            "unsteady, left out": len([r for r in found if r.gpu == gpu.name]) - len(mine),
             **{entry.reason: entry.rows for entry in left_out},
         },
-        "held_out_runs": {
-            stack: {k: _plain(v) for k, v in e.items()} for stack, e in run_errors.items()
+        "held_out_runs": {s: plain_each(run_errors(pairs)) for s, pairs in held_out.items()},
+        "runs_with_their_model_left_out": {
+            s: plain_each(run_errors(pairs)) for s, pairs in left.items()
         },
-        "parameter_log_std": {key: round(value, 3) for key, value in log_std.items()},
+        "spread_between_cards": card_spread([*runs, *others]),
+        "parameter_log_std": {key: round(value, 3) for key, value in fit.log_std.items()},
+        "digits_repeat": fit.converged,
     }
     return replace(calibration, origin="measured", intervals=intervals, provenance=provenance)
 
 
-def fit_windows(
-    rows: KernelRows, gpu: GpuSpec, start: Calibration
-) -> tuple[Calibration, dict[str, float]]:
-    """Calibration fitted to kernel windows alone, and the spread of its parameters' logarithms."""
-    eight_bit = np.array([d in EIGHT_BIT for d in rows.dtype])
-    fitted = start
-    for part in (rows.pick(~eight_bit), rows.pick(eight_bit)):
-        for op_class in TIME_PARAMETERS:
-            if len(part.of_class(op_class)) > len(TIME_PARAMETERS[op_class]):
-                kernel = fit_kernel_seconds(part, gpu, fitted, op_class)
-                fitted = replace(fitted, kernels={**fitted.kernels, op_class: kernel})
-    parameters = [
-        _from_start(p, fitted)
-        for p in PARAMETERS
-        if not p.paths[0].startswith("stacks.") and p.paths[0] not in _WHOLE_RUNS
-    ]
-    parameters += [
-        Parameter(paths=(f"joules_per_flop.{dtype}",), prior=1.0)
-        for dtype in sorted(set(rows.dtype) & set(EIGHT_BIT) & set(fitted.joules_per_flop))
-    ]
-    fit = fit_serving([], rows, gpu, fitted, parameters)
+def _is_open(row: Any, split: Mapping[str, Any] | None) -> bool:
+    if split is None:
+        return row.phase in ("prefill", "batch")
+    return is_fitted(row, split)
+
+
+def _fit(runs: Sequence[Run], rows: KernelRows, gpu: GpuSpec, start: Calibration) -> JointFit:
+    """The joint fit of what these runs and windows tell, other dtypes' joules changed as bf16's."""
+    parameters = parameters_for(
+        start,
+        classes=set(rows.op_class),
+        dtypes=set(rows.dtype),
+        stacks={run.row.stack for run in runs},
+        tensor_parallel=any(run.row.tensor_parallel > 1 for run in runs),
+    )
+    fit = joint_fit(runs, rows, gpu, start, parameters)
     moved = {path for p in parameters for path in p.paths}
-    change = fit.calibration.joules_per_flop["bf16"] / start.joules_per_flop["bf16"]
-    joules = {  # dtypes that were not measured change as bf16 did
+    new, old = fit.calibration.joules_per_flop, start.joules_per_flop
+    joules = {
         dtype: value
         if f"joules_per_flop.{dtype}" in moved
-        else start.joules_per_flop[dtype] * change
-        for dtype, value in fit.calibration.joules_per_flop.items()
+        else old[dtype] * new["bf16"] / old["bf16"]
+        for dtype, value in new.items()
     }
-    return replace(fit.calibration, joules_per_flop=joules), fit.log_std
+    return replace(fit, calibration=replace(fit.calibration, joules_per_flop=joules))
 
 
 def fit_link(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> Calibration:
-    """Calibration with seconds and joules of the link fitted to all-reduces, if there are enough.
+    """Calibration with rate and joules of the link fitted to large all-reduces, if there are some.
 
-    They are one shape family: nothing is held out. Joules per byte are what the larger half drew
-    above the base.
+    They are one shape family: nothing is held out. Joules per byte are what they drew above the
+    base. Small messages take another way in a serving engine, whose time only its runs tell.
     """
-    if len(rows) <= len(TIME_PARAMETERS["communication"]):
+    large = rows.pick(rows.link_bytes >= _NCCL_BYTES)
+    if len(large) < _FEWEST_LINK_ROWS:
         return start
-    kernel = fit_kernel_seconds(rows, gpu, start, "communication")
-    large = rows.link_bytes >= np.median(rows.link_bytes)
-    above = (rows.watts - start.base_watts) * rows.seconds / rows.link_bytes
+    kernel = fit_kernel_seconds(large, gpu, start, "communication", keep=("sharpness",))
+    own = start.kernels["communication"]
+    above = (large.watts - start.base_watts) * large.seconds / large.link_bytes
     return replace(
         start,
-        kernels={**start.kernels, "communication": kernel},
-        joules_per_link_byte=float(max(0.0, np.median(above[large]))),
+        kernels={
+            **start.kernels,
+            "communication": replace(own, memory_efficiency=kernel.memory_efficiency),
+        },
+        joules_per_link_byte=float(max(0.0, np.median(above))),
     )
 
 
-def _from_start(parameter: Parameter, start: Calibration) -> Parameter:
-    """The parameter starting at the calibration's value, if that is one (0 has no logarithm)."""
-    own = value_at(start, parameter.paths[0])
-    return replace(parameter, start=None) if own > 0 else parameter
-
-
-def _run_parameters(start: Calibration, runs: Sequence[Run]) -> list[Parameter]:
-    """Host times of the stacks that were measured, and what else only whole runs tell."""
-    measured = {run.row.stack for run in runs}
-    chosen = []
-    for parameter in PARAMETERS:
-        path = parameter.paths[0]
-        stacks = {p.split(".")[1] for p in parameter.paths if p.startswith("stacks.")}
-        if path in (*_WHOLE_RUNS, "base_watts") or stacks & measured:
-            chosen.append(_from_start(parameter, start))
-    return chosen
+# -- held out ----------------------------------------------------------------------------------
 
 
 def held_out_windows(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> tuple[Array, Array]:
@@ -232,15 +221,30 @@ def held_out_windows(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> tupl
     folds = GroupKFold(min(_KERNEL_FOLDS, len(set(rows.family))))
     for _, test in folds.split(families, groups=families):
         held = np.isin(np.arange(len(rows)), test)
-        fitted, _ = fit_windows(rows.pick(~held), gpu, start)
-        seconds[held], watts[held] = window_seconds_and_watts(rows.pick(held), gpu, fitted)
+        fitted = _fit([], rows.pick(~held), gpu, start).calibration
+        seconds[held], watts[held] = predicted_windows(rows.pick(held), gpu, fitted)
     return seconds, watts
 
 
+def _models_left_out(
+    fitted: Sequence[Run], rows: KernelRows, gpu: GpuSpec, start: Calibration
+) -> list[tuple[Run, Calibration]]:
+    """Runs of each model with a fit to the other models' runs, where those ran on its stack."""
+    found = []
+    for model in sorted({r.row.model_name for r in fitted}):
+        rest = [r for r in fitted if r.row.model_name != model]
+        stacks = {r.row.stack for r in rest}
+        own = [r for r in fitted if r.row.model_name == model and r.row.stack in stacks]
+        if own:
+            without = _fit(rest, rows, gpu, start).calibration
+            found += [(r, without) for r in own]
+    return found
+
+
 def _held_out_runs(
-    runs: Sequence[Run], rows: KernelRows, gpu: GpuSpec, kernels: Calibration, progress: Progress
-) -> dict[str, list[tuple[Run, Calibration]]]:
-    """Each run with a fit that did not see it, by stack; see the module's text."""
+    runs: Sequence[Run], rows: KernelRows, gpu: GpuSpec, start: Calibration, progress: Progress
+) -> list[tuple[Run, Calibration]]:
+    """Each run with a fit that did not see it; see the module's text."""
     from sklearn.model_selection import GroupKFold  # noqa: PLC0415
 
     models: dict[str, set[str]] = {}
@@ -254,23 +258,25 @@ def _held_out_runs(
             for run in runs
         ]
     )
-    found: dict[str, list[tuple[Run, Calibration]]] = {}
+    found: list[tuple[Run, Calibration]] = []
     count = min(_RUN_FOLDS, len(set(groups)))
     if count < 2:
         return found
     for number, (train, test) in enumerate(GroupKFold(count).split(groups, groups=groups), 1):
         progress(f"serving runs left out, fit {number} of {count}")
-        seen = [runs[i] for i in train]
-        fitted = fit_serving(seen, rows, gpu, kernels, _run_parameters(kernels, seen)).calibration
-        for i in test:
-            found.setdefault(runs[i].row.stack, []).append((runs[i], fitted))
+        fitted = _fit([runs[i] for i in train], rows, gpu, start).calibration
+        found += [(runs[i], fitted) for i in test]
     return found
 
 
-# -- errors, intervals, provenance -------------------------------------------------------------
+def _by_stack(pairs: Pairs) -> dict[str, Pairs]:
+    found: dict[str, list[tuple[Run, Calibration]]] = {}
+    for run, calibration in pairs:
+        found.setdefault(run.row.stack, []).append((run, calibration))
+    return dict(found)
 
 
-def _summaries(
+def window_errors(
     rows: KernelRows, seconds: Array, watts: Array
 ) -> dict[str, dict[str, ErrorSummary]]:
     """Errors of seconds, watts and joules by operator class, and of all of them."""
@@ -286,66 +292,10 @@ def _summaries(
     return found
 
 
-def _run_errors(pairs: Sequence[tuple[Run, Calibration]]) -> dict[str, ErrorSummary]:
-    predicted = [simulated([run], calibration) for run, calibration in pairs]
-    return {
-        "joules": summarize(
-            np.array([p[0][0] for p in predicted]), np.array([run.joules for run, _ in pairs])
-        ),
-        "seconds": summarize(
-            np.array([p[1][0] for p in predicted]), np.array([run.seconds for run, _ in pairs])
-        ),
-    }
-
-
-def _run_interval(
-    pairs: Sequence[tuple[Run, Calibration]], errors: ErrorSummary
-) -> IntervalCalibration:
-    models = sorted({run.row.model_name for run, _ in pairs})
-    what = f"{errors.n} held-out serving runs of this machine ({', '.join(models)})"
-    if errors.n >= _RUNS_FOR_P90:
-        size, basis = errors.p90, f"p90 of the errors of {what}"
-    else:
-        size, basis = _WIDER * errors.max, f"{_WIDER:g} x the largest error of {what}"
-    if len(models) == 1:
-        size *= _ONE_MODEL
-        basis = f"{_ONE_MODEL:g} x {basis}, held out by input length: no other model was measured"
-    return _interval(size, basis)
-
-
-def _kept_interval(
-    shipped: IntervalCalibration, start: Calibration, worst: float
-) -> IntervalCalibration:
-    """Interval of a stack that was not measured here: the start's, unless the kernels err more."""
-    if worst > shipped.high - 1.0:
-        return _interval(worst, "p90 of the errors of the held-out kernel windows' joules")
-    basis = (
-        f"as the calibration it started from (origin {start.origin}): fewer than {_FEWEST_RUNS} "
-        f"held-out runs of this stack on this machine. That one: {shipped.basis}"
-    )
-    return replace(shipped, basis=basis)
-
-
-def _interval(size: float, basis: str) -> IntervalCalibration:
-    size = round(size, 4)
-    low, high = round(1.0 / (1.0 + size), _DIGITS), 1.0 + size
-    return IntervalCalibration(level=LEVEL, low=low, high=high, basis=basis)
-
-
 def _seen(start: Calibration) -> set[str]:
     """Checksums of the files that the start was fitted to."""
     files = start.provenance.get("files", {})
     return {*files, *map(str, files.values())} if isinstance(files, dict) else set()
-
-
-def _plain(error: ErrorSummary) -> dict[str, float]:
-    return {
-        "n": error.n,
-        "median": round(error.median, 4),
-        "p90": round(error.p90, 4),
-        "max": round(error.max, 4),
-        "bias": round(error.bias, 4),
-    }
 
 
 def _rounded(value: Any) -> Any:

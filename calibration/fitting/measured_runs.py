@@ -17,6 +17,7 @@ from energymodel.acceptance import break_even_acceptance
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model, model_from_config
+from energymodel.operators import moe_spec
 from energymodel.specs import STATIC_STACKS
 from energymodel.traces import Requests
 
@@ -52,12 +53,15 @@ def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[Lef
     reasons: Counter[str] = Counter()
     for path in _files(source):
         engines: dict[tuple[str, int], Mapping[str, Any]] = {}
-        for number, record in _records(path, reasons):
+        records = list(_records(path, reasons))
+        counted = {(r["plan"], r["run"]) for _, r in records if r["kind"] == "experts"}
+        for number, record in records:
             try:
                 if record["kind"] == "engine":
                     engines[record["plan"], record["run"]] = record
                 elif record["kind"] in ("run", "steady"):
-                    item = _row(record, engines.get((record["plan"], record["run"])))
+                    run = record["plan"], record["run"]
+                    item = _row(record, engines.get(run), experts_counted=run in counted)
                     if isinstance(item, str):
                         reasons[item] += 1
                     else:
@@ -115,7 +119,9 @@ def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str,
         yield number, record
 
 
-def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> MeasuredRow | str:
+def _row(
+    record: Mapping[str, Any], engine: Mapping[str, Any] | None, *, experts_counted: bool
+) -> MeasuredRow | str:
     """Turn a record of kind `run` or `steady` into a row, or say why it is none."""
     if engine is None:
         raise EnergyModelError("a run without the record of its engine before it")
@@ -131,9 +137,12 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
     modelled = drafting.get("method") == "draft_model" and drafting.get("acceptance_rates")
     if "speculative_config" in asked and not modelled:
         return "speculative_config without a draft model, or without an imposed acceptance"
+    model_name = Path(record["model"]).name.removesuffix(".json")
+    model = model_from_config(engine["config"], name=model_name)
+    if moe_spec(model) is not None and not experts_counted:
+        return "mixture of experts whose chosen experts were not counted"
     boards = engine["identity"]["gpus"]
     gpu = load_gpu(boards[0]["name"]).name
-    model_name = Path(record["model"]).name.removesuffix(".json")
     name = f"{model_name} {record['case_name'].removeprefix('static-').replace('-', ' ')}"
     unsteady, ramp = False, None
     if record["kind"] == "steady":
@@ -150,7 +159,7 @@ def _row(record: Mapping[str, Any], engine: Mapping[str, Any] | None) -> Measure
         source=OWN,
         name=name,
         gpu=gpu,
-        model=model_from_config(engine["config"], name=model_name),
+        model=model,
         model_name=model_name,
         stack=record["stack"],
         phase=phase,

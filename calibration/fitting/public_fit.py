@@ -154,12 +154,14 @@ def fit_eight_bit(
     quantise = replace(
         rows,
         op_class=("elementwise",) * len(rows),
+        flops=none,
         executed_flops=none,
         hbm_bytes=none,
         activation_bytes=3.0 * rows.gemm_rows * inner,
         tiles=none,
         gemm_rows=none,
         gemm_columns=none,
+        gemm_k=none,
     )
     seconds = rows.seconds - predicted_seconds(quantise, gpu, calibration)
     rows = replace(rows, seconds=np.maximum(seconds, 0.1 * rows.seconds))

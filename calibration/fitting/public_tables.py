@@ -135,12 +135,14 @@ def read_gemm(path: Path, gpu: GpuSpec, dtype: str = "bf16") -> KernelRows:
         dtype,
         family=("n", "k"),
         calls_a_replay=6.0,
+        flops=2.0 * m * n * k,
         executed_flops=2.0 * m * n * k,
         hbm_bytes=size * n * k,
         activation_bytes=m * (size * k + 2.0 * n),
         tiles=m * n / TILE**2,
         gemm_rows=m,
         gemm_columns=n,
+        gemm_k=k,
     )
 
 
@@ -161,6 +163,7 @@ def read_context_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         "attention_prefill",
         "bf16",
         family=_HEADS,
+        flops=4.0 * heads * width * pairs,
         executed_flops=4.0 * heads * (width + SOFTMAX_WIDTH) * pairs,
         activation_bytes=4.0 * batch * rows * (heads + passes * kv) * width,
         tiles=batch * rows * heads / TILE,
@@ -198,6 +201,7 @@ def read_generation_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         "attention_decode",
         "bf16",
         family=_HEADS,
+        flops=4.0 * keys * heads * width,
         executed_flops=4.0 * keys * heads * width,
         hbm_bytes=4.0 * keys * kv * width,
         activation_bytes=4.0 * batch * heads * width,
@@ -239,6 +243,7 @@ def read_moe(path: Path, gpu: GpuSpec) -> KernelRows:
         "moe",
         "bf16",
         family=("num_experts", "topk", "width", "hidden_size"),
+        flops=2.0 * tokens * top_k * per_row,
         executed_flops=2.0 * rows * per_row,
         hbm_bytes=2.0 * distinct * per_row,
         activation_bytes=tokens * expert_activation_bytes(hidden, 2.0 * width, width, top_k),
@@ -302,7 +307,7 @@ def _rows(
         trusted = seconds * calls_a_replay * _REPLAYS >= _TRUSTED_SECONDS
         watts = np.where(trusted, _column(table, "power"), np.nan)
         clock = np.full(count, np.nan)
-    columns = ("executed_flops", "hbm_bytes", "activation_bytes", "link_bytes", "tiles")
+    columns = ("flops", "executed_flops", "hbm_bytes", "activation_bytes", "link_bytes", "tiles")
     shapes = table.select(family).rows()
     return KernelRows(
         name=tuple(f"{op_class} row {i}" for i in range(count)),
@@ -312,6 +317,7 @@ def _rows(
         calls=np.ones(count),
         gemm_rows=work.get("gemm_rows", zeros),
         gemm_columns=work.get("gemm_columns", zeros),
+        gemm_k=work.get("gemm_k", zeros),
         seconds=seconds,
         watts=watts,
         clock=clock,

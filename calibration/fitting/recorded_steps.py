@@ -205,11 +205,12 @@ def _round(
     host[_launches(_add_pass(parts, 0, kinds[0], 1, served), prompts)] += 1.0
     host[0] -= 1.0  # the host's time of a round holds it
     drafted = tokens + sequences, sequences, first, prompts, decoding
-    host[8 if _add_pass(parts, 1, kinds[1], 1, drafted) else 9] += 1.0
+    _add_pass(parts, 1, kinds[1], 1, drafted)
     drafted = sequences, sequences, further, 0, sequences
-    host[8 if _add_pass(parts, 2, kinds[2], 1, drafted, float(others)) else 9] += others
+    _add_pass(parts, 2, kinds[2], 1, drafted, float(others))
+    host[8] = draft_tokens
 
-    gap[3], gap[7], gap[10] = sequences, prompts, 1.0
+    gap[3], gap[7], gap[9], gap[10] = sequences, prompts, 1.0, sequences
     gap[4], gap[5], gap[6] = 1.0 + draft_tokens, sequences, float(starting)
     return Step(parts, host, gap)
 
@@ -282,11 +283,14 @@ class RecordedRuns:
     """(runs,) GPUs of a replica."""
 
     def totals(self, calibration: Calibration) -> tuple[Array, Array, Array]:
-        """Joules of all GPUs, seconds and median TTFT of the runs; each (runs,)."""
+        """Joules of all GPUs, seconds and median TTFT of the runs; each (runs,).
+
+        Numbers of the calibration may be complex, which gives derivatives (`robust_minimum`).
+        """
         tables = self.steps @ (self.parts @ self.kernels.tables(calibration))
         host = np.concatenate(
             [
-                host_seconds(model, calibration.stacks[serving.stack], serving.draft)
+                host_seconds(model, calibration.stacks[serving.stack], serving)
                 for model, serving in self.hosts
             ]
         )

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import typer
 
-from calibration.fitting.fit_serving import PARAMETERS, value_at, with_values
+from calibration.fitting.parameters import PARAMETERS, value_at, with_values
 from calibration.validation.rows import DATA
 from energymodel.calibrations import (
     Calibration,
@@ -66,7 +66,9 @@ def transfer(name: str, measured: Calibration) -> Calibration:
         origin = "datasheet"
     start = replace(start, gpu=name, stacks=measured.stacks, power_cap_watts=here.tdp_watts)
     same_chip = (measured.gpu, name) in _SAME_CHIP
-    if same_chip:
+    if same_chip:  # the L2 is as fast, whatever memory lies behind it
+        slower = there.hbm_bytes_per_s / here.hbm_bytes_per_s
+        start = replace(start, onchip_speedup=measured.onchip_speedup * slower)
         result, kind = _energies_of(start, measured), "same_chip"
     else:
         result, kind = _scaled_energies(start, measured, here, there, rules), "datasheet"
@@ -95,6 +97,22 @@ def transfer(name: str, measured: Calibration) -> Calibration:
     )
 
 
+def start_from(name_or_path: str, gpu: str) -> Calibration:
+    """Calibration to start a fit of `gpu` from; that of another GPU is transferred by the rules.
+
+    Where no rule covers the GPU, the other one's numbers are the start as they are.
+    """
+    found = load_calibration(name_or_path)
+    if found.gpu == gpu or found.origin != "measured":
+        return found
+    try:
+        moved = transfer(gpu, found)
+    except EnergyModelError:
+        return found
+    # named after the GPU that was measured, and with its intervals
+    return replace(moved, gpu=found.gpu, origin=found.origin, intervals=found.intervals)
+
+
 def _with_measured_factors(public: Calibration, measured: Calibration) -> Calibration:
     """Kernel times of the public fit, changed as measurement changed the measured GPU's."""
     before = load_calibration(str(DATA / "public" / f"{measured.gpu}.json"))
@@ -102,8 +120,8 @@ def _with_measured_factors(public: Calibration, measured: Calibration) -> Calibr
     for parameter in PARAMETERS:
         path = parameter.paths[0]
         if path.startswith("kernels.") and not path.endswith(("watts", "factor")):
-            change = value_at(measured, path) / value_at(before, path)
-            values[path] = value_at(public, path) * change
+            new, old = value_at(measured, path), value_at(before, path)
+            values[path] = value_at(public, path) * new / old if old > 0 else new
     changed = with_values(public, values)
     return replace(changed, kernel_gap_seconds=measured.kernel_gap_seconds)
 

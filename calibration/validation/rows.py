@@ -235,6 +235,12 @@ def _predict(row: MeasuredRow, requests: Requests) -> Prediction:
     return predict(requests, gpu=row.gpu, model=row.model, stack=row.stack, **row.options)
 
 
+_SPLIT_FIELDS = (
+    *("sources", "gpus", "models", "stacks", "phases", "tensor_parallel"),
+    *("tensor_parallel_models", "draft_batches"),
+)
+
+
 def load_split(path: Path = SPLIT_FILE) -> dict[str, Any]:
     """The written split into rows that fits may use and rows that they may not.
 
@@ -246,7 +252,7 @@ def load_split(path: Path = SPLIT_FILE) -> dict[str, Any]:
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
         fit = split["fit"]
-        for key in ("sources", "gpus", "models", "stacks", "phases", "tensor_parallel"):
+        for key in _SPLIT_FIELDS:
             if not isinstance(fit[key], list):
                 raise EnergyModelError(f"{path}: fit.{key} must be a list")
     except (OSError, ValueError) as error:
@@ -259,6 +265,7 @@ def load_split(path: Path = SPLIT_FILE) -> dict[str, Any]:
 def is_fitted(row: MeasuredRow, split: Mapping[str, Any]) -> bool:
     """Whether the split lets fits use this row; everything that it does not name is held out."""
     fit = split["fit"]
+    on_one_gpu, drafting = row.tensor_parallel == 1, "draft_model" in row.options
     return bool(
         row.source in fit["sources"]
         and row.gpu in fit["gpus"]
@@ -266,4 +273,6 @@ def is_fitted(row: MeasuredRow, split: Mapping[str, Any]) -> bool:
         and row.stack in fit["stacks"]
         and row.phase in fit["phases"]
         and row.tensor_parallel in fit["tensor_parallel"]
+        and (on_one_gpu or row.model_name in fit["tensor_parallel_models"])
+        and (not drafting or row.batch in fit["draft_batches"])
     )

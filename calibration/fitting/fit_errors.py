@@ -1,0 +1,146 @@
+"""Errors of what a fit did not see, and the intervals that they earn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from calibration.fitting.fit_kernels import ErrorSummary, summarize
+from calibration.fitting.serving_runs import Run, simulated
+from energymodel.calibrations import Calibration, IntervalCalibration
+
+LEVEL = 0.9
+Pairs = Sequence[tuple[Run, Calibration]]
+"""Runs, each with the calibration that predicts it."""
+
+_FEWEST_RUNS, _FEWEST_OWN_RUNS = 5, 3
+"""Held-out runs that an interval takes at least: of a written split, and of one machine's own."""
+_ENOUGH_RUNS, _RUNS_FOR_P90 = 19, 10
+"""Runs from which on their p90 bounds the next error with 90 % probability; for one machine's own
+runs, which are like each other, fewer will do."""
+_WIDER = 1.25
+_ONE_MODEL = 2.0
+"""Widening where one model was measured: a fit to Llama-3.1-8B on one H100 had a p90 of 7.7 % by
+input length, and on another H100 of 2.9 % for the same model, 6.8 % for OLMoE-1B-7B and 13.4 % for
+Llama-3.2-1B, whose steps wait for the host as the 8B's never do."""
+_UNTESTED = 0.5
+"""Size of the interval of a stack with too few runs."""
+
+
+def run_errors(pairs: Pairs) -> dict[str, ErrorSummary]:
+    """Errors of joules and seconds of runs, at least one."""
+    predicted = [simulated([run], calibration) for run, calibration in pairs]
+    joules = np.array([p[0][0] for p in predicted])
+    seconds = np.array([p[1][0] for p in predicted])
+    return {
+        "joules": summarize(joules, np.array([run.joules for run, _ in pairs])),
+        "seconds": summarize(seconds, np.array([run.seconds for run, _ in pairs])),
+    }
+
+
+def interval_of_split(
+    held_out: Pairs, left_out: Pairs, start: IntervalCalibration | None = None, least: float = 0.0
+) -> IntervalCalibration:
+    """Interval of a stack from the runs that a written split holds out of the fit.
+
+    Enough runs: the p90 of their errors. A few: their largest error. Fewer: the largest one of them
+    and of the fitted runs, each predicted without its model, widened. None: the start's, and no
+    smaller than `least`.
+    """
+    if not held_out and not left_out and start is not None:
+        basis = f"as on the GPU whose host times were taken over: {start.basis}"
+        if least > start.high - 1.0:
+            basis = f"as of the stack that was measured here, which is wider than {basis}"
+        return interval(max(start.high - 1.0, least), basis)
+    if len(held_out) >= _FEWEST_RUNS:
+        error = run_errors(held_out)["joules"]
+        many = error.n >= _ENOUGH_RUNS
+        size = error.p90 if many else error.max
+        basis = f"{'p90' if many else 'largest'} error of {error.n} held-out serving runs"
+    elif len(held_out) + len(left_out) >= _FEWEST_RUNS:
+        error = run_errors([*held_out, *left_out])["joules"]
+        size = _WIDER * error.max
+        basis = (
+            f"{_WIDER:g} x the largest error of {error.n} serving runs, held out or with their "
+            "model left out of the fit"
+        )
+    else:
+        size, basis = _UNTESTED, "assumed: too few steady runs of this stack were measured"
+    return interval(size, basis)
+
+
+def interval_of_machine(
+    pairs: Pairs, start: IntervalCalibration, start_origin: str, worst_window: float
+) -> IntervalCalibration:
+    """Interval of a stack from one machine's runs, each with a fit that did not see it.
+
+    With fewer than three the start's, unless the kernel windows err more than it allows:
+    `worst_window`, p90 of the errors of their joules.
+    """
+    if len(pairs) < _FEWEST_OWN_RUNS:
+        if worst_window > start.high - 1.0:
+            basis = "p90 of the errors of the held-out kernel windows' joules"
+            return interval(worst_window, basis)
+        basis = (
+            f"as the calibration it started from (origin {start_origin}): fewer than "
+            f"{_FEWEST_OWN_RUNS} held-out runs of this stack on this machine. That one: "
+            f"{start.basis}"
+        )
+        return replace(start, basis=basis)
+    errors = run_errors(pairs)["joules"]
+    models = sorted({run.row.model_name for run, _ in pairs})
+    what = f"{errors.n} held-out serving runs of this machine ({', '.join(models)})"
+    if errors.n >= _RUNS_FOR_P90:
+        size, basis = errors.p90, f"p90 of the errors of {what}"
+    else:
+        size, basis = _WIDER * errors.max, f"{_WIDER:g} x the largest error of {what}"
+    if len(models) == 1:
+        size *= _ONE_MODEL
+        basis = f"{_ONE_MODEL:g} x {basis}, held out by input length: no other model was measured"
+    return interval(size, basis)
+
+
+def interval(size: float, basis: str) -> IntervalCalibration:
+    """Interval of a relative error: measured values from 1 / (1 + size) to 1 + size."""
+    size = round(size, 4)
+    return IntervalCalibration(
+        level=LEVEL, low=round(1.0 / (1.0 + size), 6), high=1.0 + size, basis=basis
+    )
+
+
+def card_spread(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Relative differences in joules of equal cases on two cards, by stack: n, median and p90."""
+    joules: dict[tuple[str, str, str], list[float]] = {}
+    for run in runs:
+        case = run.row.stack, run.row.name, str(sorted(run.row.options))
+        joules.setdefault(case, []).append(run.joules)
+    apart: dict[str, list[float]] = {}
+    for (stack, *_), pair in joules.items():
+        if len(pair) > 1:
+            apart.setdefault(stack, []).append(abs(pair[1] / pair[0] - 1.0))
+    return {
+        stack: {
+            "n": len(each),
+            "median": round(float(np.median(each)), 4),
+            "p90": round(float(np.percentile(each, 100 * LEVEL)), 4),
+        }
+        for stack, each in sorted(apart.items())
+    }
+
+
+def plain(error: ErrorSummary) -> dict[str, float]:
+    """Statistics of an error as they are written down."""
+    return {
+        "n": error.n,
+        "median": round(error.median, 4),
+        "p90": round(error.p90, 4),
+        "max": round(error.max, 4),
+        "bias": round(error.bias, 4),
+    }
+
+
+def plain_each(errors: Mapping[str, ErrorSummary]) -> dict[str, dict[str, float]]:
+    """The same of several quantities."""
+    return {key: plain(value) for key, value in errors.items()}

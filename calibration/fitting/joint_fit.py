@@ -1,0 +1,128 @@
+"""The joint fit of serving runs and kernel windows.
+
+Moves all parameters together, by robust least squares on the log residuals of
+
+- joules and seconds of serving runs,
+- seconds and watts of the GPU's kernel windows,
+
+each parameter pulled towards its start by a prior as wide as that start is uncertain. The
+simulator is part of the residuals: what is fitted is what `energymodel predict` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fitting.fit_kernels import KernelRows, row_costs, row_tables
+from calibration.fitting.parameters import Parameter, value_at, with_values
+from calibration.fitting.recorded_steps import recorded_runs
+from calibration.fitting.robust_minimum import robust_minimum
+from calibration.fitting.serving_runs import Run
+from energymodel.calibrations import Calibration
+from energymodel.roofline import step_seconds_and_joules
+from energymodel.specs import GpuSpec
+
+Array = NDArray[np.float64]
+
+
+def window_seconds_and_watts(
+    rows: KernelRows, gpu: GpuSpec, calibration: Calibration
+) -> tuple[Array, Array]:
+    """Seconds of kernel windows at their clock, and watts at their seconds and clock; each (n,)."""
+    memory, compute, fixed, core = row_tables(row_costs(rows, gpu, calibration)).T
+    seconds = memory + compute / rows.clock
+    joules = fixed + core * rows.clock**calibration.clock_energy_exponent
+    return seconds, calibration.base_watts + joules / rows.seconds
+
+
+def predicted_windows(
+    rows: KernelRows, gpu: GpuSpec, calibration: Calibration
+) -> tuple[Array, Array]:
+    """Seconds and watts of kernel windows as `predict` has them, each (n,).
+
+    The clock is what the power limit leaves, not the measured one.
+    """
+    tables = row_tables(row_costs(rows, gpu, calibration))
+    seconds, joules = step_seconds_and_joules(tables, calibration)
+    return seconds, joules / seconds
+
+
+JOULES_SIGMA, SECONDS_SIGMA, TTFT_SIGMA, WINDOW_SIGMA = 0.02, 0.03, 0.1, 0.06
+"""Log residual that weighs as one standard deviation: repeats of a run on two boards differ by 1 to
+2.5 % in joules and up to 4 % in seconds; kernels of a class differ more than the model knows."""
+ROBUST_SCALE = 2.0
+"""Standard deviations from which on soft_l1 grows linearly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointFit:
+    """A fitted calibration and how well the data determine each parameter."""
+
+    calibration: Calibration
+    log_std: dict[str, float]
+    """Standard deviation of the logarithm of each parameter, prior included [-]."""
+    converged: bool
+    """Whether any machine finds the same digits, see `robust_minimum.Minimum`."""
+
+
+def joint_fit(
+    runs: Sequence[Run],
+    windows: KernelRows,
+    gpu: GpuSpec,
+    calibration: Calibration,
+    parameters: Sequence[Parameter],
+) -> JointFit:
+    """Calibration that fits runs and windows best, see the module's text; parameters to six digits.
+
+    Raises
+    ------
+    ValueError
+        If requests of a run arrive over time, or runs are of several GPUs (`recorded_runs`).
+    """
+    start = np.log([value_at(calibration, p.paths[0]) for p in parameters])
+    prior = np.array([p.prior for p in parameters])
+    low, high = np.log([[p.low, p.high] for p in parameters]).T
+    recorded = recorded_runs([(r.deployment, r.row.requests) for r in runs]) if runs else None
+    measured = np.log([[r.joules for r in runs], [r.seconds for r in runs]])
+    has_ttft = np.array([r.ttft_seconds is not None for r in runs], dtype=bool)
+    ttft_measured = np.log([r.ttft_seconds for r in runs if r.ttft_seconds is not None])
+
+    def at(values: NDArray[Any]) -> Calibration:
+        """The calibration with values, which may be complex: see `robust_minimum`."""
+        pairs = zip(parameters, values.tolist(), strict=True)
+        return with_values(calibration, {p: v for q, v in pairs for p in q.paths})
+
+    def residuals(theta: NDArray[Any]) -> NDArray[Any]:
+        candidate = at(np.exp(theta))
+        totals = np.empty((3, 0)) if recorded is None else recorded.totals(candidate)
+        joules, seconds, ttft = np.log(totals)
+        alone, watts = window_seconds_and_watts(windows, gpu, candidate)
+        return np.concatenate(
+            [
+                (joules - measured[0]) / JOULES_SIGMA,
+                (seconds - measured[1]) / SECONDS_SIGMA,
+                (ttft[has_ttft] - ttft_measured) / TTFT_SIGMA,
+                (np.log(alone) - np.log(windows.seconds)) / WINDOW_SIGMA,
+                (np.log(watts) - np.log(windows.watts)) / WINDOW_SIGMA,
+                (theta - start) / prior,
+            ]
+        )
+
+    found = robust_minimum(
+        residuals,
+        start,
+        bounds=(low, high),
+        x_scale=np.minimum(prior, 0.5),
+        robust_scale=ROBUST_SCALE,
+    )
+    names = [p.paths[0] for p in parameters]
+    return JointFit(
+        calibration=at(np.array([float(f"{v:.6g}") for v in np.exp(found.x)])),
+        log_std=dict(zip(names, found.std.tolist(), strict=True)),
+        converged=found.converged,
+    )
