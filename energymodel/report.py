@@ -34,7 +34,7 @@ _MINUTES_FROM, _HOURS_FROM = 120.0, 7200.0  # seconds: smaller ones read better 
 COMPONENTS: Mapping[str, str] = {
     "base": "GPU awake and its kernels resident",
     "flops": "arithmetic",
-    "onchip": "activations between kernels, on chip",
+    "onchip": "bytes that pass the chip: from device memory and between kernels",
     "hbm": "weights, KV cache and spilled activations from device memory",
     "link": "GPU to GPU",
     "host_wait": "GPU awake, waiting for the host within and between steps",
@@ -295,6 +295,8 @@ def drafts_text(drafts: Speculation, max_batch: int) -> str:
     context = f"at a context of {drafts.mean_context_tokens:.0f} tokens"
     if drafts.paying_batch == 0:
         batch = f"they pay at no batch {context}"
+        if drafts.change is not None and drafts.change < 0.0:
+            batch += ": rounds take longer, so that batches are larger"
     elif drafts.paying_batch == max_batch:
         batch = f"they pay at every batch up to {max_batch} {context}"
     else:

@@ -96,7 +96,8 @@ def fit_machine(
     mine = [r for r in found if usable(r, gpu.name)]
     runs = runs_of([row for row in mine if _is_open(row, split)])
     others = runs_of([row for row in mine if not _is_open(row, split)])
-    progress(f"{len(runs)} serving runs, {len(others)} never fitted")
+    if found:
+        progress(f"{len(runs)} serving runs, {len(others)} more that are never fitted")
     fit = _fit(runs, rows, gpu, start)
     calibration = _rounded(fit.calibration)
     held_out = _by_stack([(run, calibration) for run in others])

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calibration.validation.rows import LeftOut, MeasuredRow, offline, steady_state
 from energymodel.calibrations import list_calibrations
@@ -52,9 +53,9 @@ SOURCES: Mapping[str, PublicSource] = {
             "their first token until as many are left: taken as the steady state. Prompts are "
             "conversations so far, their lengths are not published: log-normal with a mean of "
             f"{V3_INPUT_TOKENS:.0f} tokens, which the published average batches imply (see below). "
-            "Outputs: gamma distributed around the published mean. Not in the prediction: tokens "
-            "were drawn with top-p 0.95, which sorts the vocabulary for every token (the model "
-            "takes the largest logit), and turns of one conversation may share cached prefixes."
+            "Outputs: gamma distributed around the published mean. Tokens were drawn with top-p "
+            "0.95: predicted as sampling, with the filter of vLLM 0.22, where 0.11 sorts the whole "
+            "vocabulary. Not in the prediction: turns of one conversation may share prefixes."
         ),
     ),
     V2: PublicSource(
@@ -184,12 +185,14 @@ def saturated_row(
         mean_input_tokens=mean_input_tokens,
         mean_output_tokens=mean_output_tokens,
     )
-    options = {
+    options: dict[str, Any] = {
         "tensor_parallel": tensor_parallel,
         "pipeline_parallel": pipeline_parallel,
         "max_batch": max_num_seqs,
         "max_step_tokens": SERVER_STEP_TOKENS,
     }
+    if source == V3:
+        options["decoding"] = "sampling"
     return MeasuredRow(
         source=source,
         name=name,
