@@ -51,7 +51,7 @@ DATA := calibration/data
 FIT := $(BIN)/energymodel fit --split $(DATA)/split.json
 UNMEASURED := a100 a100-40gb a100-pcie-80gb h100-pcie b200 l40s a6000 rtx-6000-ada l4 mi300x
 calibrations: .venv/.installed-dev
-	$(FIT) $(DATA)/kernels/h100-* $(DATA)/serving/h100-* --start $(DATA)/public/h100.json --out profiles/calibrations/h100.json
+	$(FIT) $(DATA)/kernels/h100-* $(DATA)/serving/h100-* --start $(DATA)/start/h100.json --out profiles/calibrations/h100.json
 	$(FIT) $(DATA)/kernels/h200-* $(DATA)/serving/h200-* --start h100 --out profiles/calibrations/h200.json
 	$(BIN)/python -m calibration.fitting.transfer $(UNMEASURED) --measured h100
 

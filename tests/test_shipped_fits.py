@@ -20,7 +20,7 @@ def files_of(gpu: str) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "start"), [("h200", "h100"), ("h100", str(DATA / "public/h100.json"))]
+    ("gpu", "start"), [("h200", "h100"), ("h100", str(DATA / "start/h100.json"))]
 )
 def test_the_measurements_give_the_shipped_calibration(
     gpu: str, start: str, tmp_path: Path

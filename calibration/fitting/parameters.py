@@ -1,8 +1,7 @@
 """What is fitted: the parameters of a calibration, their priors and bounds.
 
-A fit starts at the values of the calibration it is given. The first fit of this project started
-from `data/public`: kernel seconds fitted to public tables, everything else a guess, hence the
-priors.
+A fit starts at the values of the calibration it is given. The H100's starts from `data/start`:
+kernel seconds fitted to public tables, everything else a guess, hence the priors.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.attention_decode.call_seconds",), prior=0.5),
     Parameter(paths=("kernels.attention_decode.tile_seconds",), prior=0.6),
     Parameter(paths=("kernels.attention_decode.split_seconds",), prior=1.0),
-    # vLLM's own all-reduce in a graph takes 4.9 us on the A100 (data/public/README.md)
+    # vLLM's own all-reduce in a graph takes 4.9 us on the A100 (data/start/h100.json)
     Parameter(paths=("kernels.communication.call_seconds",), prior=0.3),
     Parameter(paths=("kernels.communication.memory_efficiency",), prior=0.3, high=1.1),
     Parameter(paths=("joules_per_link_byte",), prior=1.0),

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fitting.fit_kernels import ErrorSummary, KernelRows, summarize
-from calibration.fitting.kernel_windows import kernel_rows
-from calibration.fitting.machine_fit import held_out_windows
+from calibration.fitting.kernel_windows import kernel_rows, link_rows
+from calibration.fitting.machine_fit import fit_link, held_out_windows
 from calibration.fitting.measurements import Measurements, measured_watts
+from calibration.fitting.transfer import start_from
 from calibration.validation.rows import DATA
 from energymodel.calibrations import Calibration, load_calibration
 
@@ -29,7 +30,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 """Operator classes by the name they have here; those with a dash are parts of the one above."""
 MODELLED = frozenset(c for members in CLASSES.values() for c in members)
-CLOCK = "at the clock that was measured"
+CLOCK = "at the clock that the power limit leaves, as `predict` does"
 """Where `held_out_windows` predicts seconds and watts."""
 WITHOUT_BAR = ("- prefill", "- decode", "sampling")
 
@@ -60,15 +61,16 @@ class HeldOut:
 
 
 def start_of(gpu: str) -> Calibration:
-    """Calibration that has seen none of this project's windows, where there is one."""
-    public = DATA / "public" / f"{gpu}.json"
-    return load_calibration(str(public) if public.is_file() else gpu)
+    """Calibration that the shipped fit starts from; has seen no window of this GPU."""
+    own = DATA / "start" / f"{gpu}.json"
+    return load_calibration(str(own)) if own.is_file() else start_from("h100", gpu)
 
 
 def held_out(measured: Measurements, start: Calibration) -> HeldOut:
     """Each kernel window by a fit, from `start`, to the windows of all other shape families."""
     gpu = measured.gpu
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
+    start = fit_link(link_rows(measured.windows, gpu.boost_clock_hz), gpu, start)
     rows = kernel_rows(measured.windows, gpu.boost_clock_hz)
     rows = rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype])
     seconds, watts = held_out_windows(rows, gpu, start)
