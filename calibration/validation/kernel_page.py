@@ -203,12 +203,12 @@ def _held_out(errors: Mapping[str, HeldOut]) -> Iterator[str]:
 
 _CAUSES = """What stands behind misses, as far as the windows tell:
 
-- **Memory-bound**: kernels of one class with the same bytes take 1.2 us (adding a residual) to 3.1 us
-  (SiLU and product) for 8 rows, because few thread blocks pass them: a kernel that is left out cannot
-  be told from the others. From 1,024 rows on they agree. Copies, cache writes, rotary embedding,
-  gathers and random sampling are no rows of the class: they are bound by other things than bytes.
-- **MoE**: three families. Mixtral's experts are larger than the L2 and are read again for each block
-  of rows unless its launch is tuned; which launch a GPU gets depends on files that vLLM ships.
+- **Memory-bound**: kernels of one class with the same bytes take 1.2 us (adding a residual) to
+  3.1 us (SiLU and product) for 8 rows, because few thread blocks pass them: a kernel that is left
+  out cannot be told from the others. From 1,024 rows on they agree. Copies, cache writes, rotary
+  embedding, gathers and random sampling are no rows of the class: bytes do not bind them.
+- **MoE**: three families. Mixtral's experts are larger than the L2 and are read again for each
+  block of rows unless its launch is tuned; which launch a GPU gets depends on files of vLLM.
 - **GEMM**: weights that stay in the L2 (`.l2`) at one row: 5 us kernels, whose bytes cost less than
   those from device memory do on the chip. Products with few tiles: which split the library takes.
 - **Boards**: two H200s differ by 6 to 7 % in the power of the same decode step."""
