@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,52 @@ def test_vllm_gets_the_plan_s_arguments(vllm: tuple[VllmEngine, FakeVllm]) -> No
     assert fake.arguments["enforce_eager"] is True
     assert fake.arguments["load_format"] == "dummy"
     assert fake.arguments["enable_prefix_caching"] is False
+
+
+def test_top_p_draws_and_greedy_does_not(vllm: tuple[VllmEngine, FakeVllm]) -> None:
+    engine, _ = vllm
+    requests = some_requests([0], [5], [3])
+    for top_p, temperature, share in ((0.0, 0.0, 1.0), (0.9, 1.0, 0.9)):
+        _, [(_, params)] = engine.prepare(replace(requests, top_p=top_p), prompts_of(requests))
+        assert (params.temperature, params.top_p) == (temperature, share)
+        assert params.max_tokens == 3
+
+
+class FakeWeight:
+    def __init__(self, dtype: str) -> None:
+        self.dtype, self.device, self.data, self.held = dtype, "cuda:0", self, "as allocated"
+
+    def fill_(self, value: int) -> None:
+        self.held = f"all {value}"
+
+    def random_(self, low: int, high: int, generator: Any) -> None:
+        self.held = f"random {low} to {high}, seed {generator}"
+
+
+def test_packed_dummy_weights_get_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = types.SimpleNamespace(manual_seed=lambda seed: seed)
+    torch = types.SimpleNamespace(uint8="uint8", Generator=lambda device: generator)
+    loader = types.SimpleNamespace(initialize_dummy_weights=lambda model, config: called.append(1))
+    called: list[int] = []
+    package = types.ModuleType("vllm.model_executor.model_loader")
+    package.dummy_loader = loader  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.model_executor"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    serving_engine._fill_packed_weights(seed=7)
+    weights = {
+        name: FakeWeight(dtype)
+        for name, dtype in (("w13", "uint8"), ("w13_weight_scale", "uint8"), ("qkv", "bf16"))
+    }
+    model = types.SimpleNamespace(named_parameters=weights.items)
+    loader.initialize_dummy_weights(model, None)
+    assert called == [1]
+    assert [w.held for w in weights.values()] == [
+        "random 0 to 256, seed 7",
+        "all 120",
+        "as allocated",
+    ]
 
 
 def test_a_batch_is_logged_step_by_step(vllm: tuple[VllmEngine, FakeVllm]) -> None:
