@@ -45,7 +45,9 @@ def assemble(
     active = served.prefill_joules + served.decode_joules
     energy = active + served.idle_joules
     calibration = deployment.calibration
-    interval = calibration.intervals[deployment.serving.stack]
+    interval = calibration.intervals[deployment.serving.stack].with_host(
+        served.wait_joules / energy
+    )
     inputs, outputs = requests.input_tokens, requests.output_tokens
     flops, output_flops = request_flops(
         deployment.model, inputs.astype(float), outputs.astype(float)

@@ -8,8 +8,9 @@ earned; the numbers themselves live only there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -102,6 +103,18 @@ class IntervalCalibration:
     """Upper end as a share of the prediction."""
     basis: str
     """Where the two numbers come from."""
+    host_spread: float = 0.0
+    """How far the host's time may be off [-]: this times the share of the energy that is drawn
+    while waiting for the host widens the interval, in quadrature."""
+
+    def with_host(self, waiting_share: float) -> IntervalCalibration:
+        """The interval of a workload with that share of its energy drawn waiting for the host."""
+        extra = self.host_spread * waiting_share
+        if extra <= 0.0:
+            return self
+        high = 1.0 + math.hypot(self.high - 1.0, extra)
+        low = 1.0 / (1.0 + math.hypot(1.0 / self.low - 1.0, extra))
+        return replace(self, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ def run(truth: Calibration, stack: str, inputs: int, outputs: int, batch: int) -
         seconds_per_output_token=1.0,
     )
     made = Run(row=row, deployment=deployment, joules=0.0, seconds=0.0)
-    joules, seconds, _ = simulated([made], truth)
+    joules, seconds, *_ = simulated([made], truth)
     return replace(made, joules=float(joules[0]), seconds=float(seconds[0]))
 
 

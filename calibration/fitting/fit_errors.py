@@ -25,6 +25,8 @@ _ONE_MODEL = 2.0
 """Widening where one model was measured: a fit to Llama-3.1-8B on one H100 had a p90 of 7.7 % by
 input length, and on another H100 of 2.9 % for the same model, 6.8 % for OLMoE-1B-7B and 13.4 % for
 Llama-3.2-1B, whose steps wait for the host as the 8B's never do."""
+_WAITING_SHARE = 0.03
+"""Of the energy, from which on a run counts as one that waits for the host."""
 _UNTESTED = 0.5
 """Size of the interval of a stack with too few runs."""
 
@@ -45,15 +47,18 @@ def interval_of_split(
 ) -> IntervalCalibration:
     """Interval of a stack from the runs that a written split holds out of the fit.
 
-    Enough runs: the p90 of their errors. A few: their largest error. Fewer: the largest one of them
-    and of the fitted runs, each predicted without its model, widened. None: the start's, and no
-    smaller than `least`.
+    Enough runs: the p90 of the errors of those that hardly wait for the host, and how much more the
+    others err by the share of their energy that they wait. A few: their largest error. Fewer: the
+    largest one of them and of the fitted runs, each predicted without its model, widened. None: the
+    start's, and no smaller than `least`.
     """
     if not held_out and not left_out and start is not None:
         basis = f"as on the GPU whose host times were taken over: {start.basis}"
         if least > start.high - 1.0:
             basis = f"as of the stack that was measured here, which is wider than {basis}"
         return interval(max(start.high - 1.0, least), basis)
+    if (found := _interval_by_waiting(held_out)) is not None:
+        return found
     if len(held_out) >= _FEWEST_RUNS:
         error = run_errors(held_out)["joules"]
         many = error.n >= _ENOUGH_RUNS
@@ -69,6 +74,27 @@ def interval_of_split(
     else:
         size, basis = _UNTESTED, "assumed: too few steady runs of this stack were measured"
     return interval(size, basis)
+
+
+def _interval_by_waiting(pairs: Pairs) -> IntervalCalibration | None:
+    """Interval that widens as runs wait for the host; None with too few runs of either kind."""
+    if not pairs:
+        return None
+    predicted = [simulated([run], calibration) for run, calibration in pairs]
+    joules, waiting = np.array([[p[0][0], p[3][0]] for p in predicted]).T
+    errors = np.abs(joules / np.array([run.joules for run, _ in pairs]) - 1.0)
+    some = waiting >= _WAITING_SHARE
+    if some.sum() < _FEWEST_RUNS or (~some).sum() < _ENOUGH_RUNS:
+        return None
+    size = float(np.percentile(errors[~some], 100 * LEVEL))
+    beyond = np.sqrt(np.maximum(errors[some] ** 2 - size**2, 0.0)) / waiting[some]
+    spread = float(np.percentile(beyond, 100 * LEVEL))
+    basis = (
+        f"p90 error of {(~some).sum()} held-out serving runs that hardly wait for the host; from "
+        f"{some.sum()} that do, {spread:.2f} x the share of the energy spent waiting is added in "
+        "quadrature"
+    )
+    return replace(interval(size, basis), host_spread=round(spread, 4))
 
 
 def interval_of_machine(

@@ -60,10 +60,13 @@ def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
     return runs
 
 
-def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Array, Array]:
-    """Joules of all GPUs, seconds and median TTFT of the runs under a calibration; each (n,)."""
+def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Array, Array, Array]:
+    """Joules of all GPUs, seconds, median TTFT, and the share of the joules spent waiting.
+
+    Each (n,), by run, under a calibration. Waiting: for the host, within and between steps.
+    """
     tables: dict[int, CostTables] = {}
-    joules, seconds, ttft = np.empty((3, len(runs)))
+    joules, seconds, ttft, waiting = np.empty((4, len(runs)))
     for i, run in enumerate(runs):
         d = run.deployment
         if id(d) not in tables:
@@ -82,8 +85,10 @@ def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Arr
         ttft[i] = np.median(result.first_token_seconds - requests.arrival_seconds)
         joules[i] = totals["prefill_joules"] + totals["decode_joules"]
         joules[i] += totals["idle_seconds"] * calibration.polling_idle_watts
+        waits = totals["wait_seconds"] + totals["stretch_seconds"]
+        waiting[i] = waits * calibration.base_watts / joules[i]
         joules[i] *= d.gpus_per_replica
-    return joules, seconds, ttft
+    return joules, seconds, ttft, waiting
 
 
 def usable(row: MeasuredRow, gpu: str) -> bool:
