@@ -10,16 +10,23 @@ from shapes import calibration, gpu, tiny
 
 from calibration.fitting.joint_fit import joint_fit, window_seconds_and_watts
 from calibration.fitting.kernel_windows import kernel_rows, read_windows
-from calibration.fitting.measured_runs import read_idle
-from calibration.fitting.parameters import PARAMETERS, Parameter, value_at, with_values
+from calibration.fitting.measured_runs import read_idle, read_own
+from calibration.fitting.parameters import (
+    PARAMETERS,
+    Parameter,
+    parameters_for,
+    value_at,
+    with_values,
+)
 from calibration.fitting.serving_runs import Run, simulated
-from calibration.fitting.transfer import transfer
+from calibration.fitting.transfer import start_from, transfer
 from calibration.validation.rows import DATA, MeasuredRow, offline
 from energymodel.calibrations import Calibration, load_calibration, save_calibration
 from energymodel.costs import cost_tables
 from energymodel.datafiles import data_path
 from energymodel.deployment import Deployment
 from energymodel.errors import EnergyModelError
+from energymodel.gpus import load_gpu
 from energymodel.specs import ServingConfig
 
 WINDOWS = DATA / "kernels" / "h100-card-b.jsonl.gz"
@@ -115,3 +122,66 @@ def test_every_gpu_has_a_calibration_with_an_interval_as_wide_as_its_origin() ->
 def test_transfer_refuses_what_no_rule_covers() -> None:
     with pytest.raises(EnergyModelError, match="Known"):
         transfer("b300", load_calibration("h100"))
+
+
+def test_experts_larger_than_the_l2_are_read_for_each_block_of_rows() -> None:
+    windows = read_windows(DATA / "kernels" / "h100-card-h.jsonl.gz")
+    rows = kernel_rows(windows, load_gpu("h100").boost_clock_hz)
+    counted = {w["case"]: w["hbm_bytes"] for w in windows if w["hbm_bytes"]}
+    read = {
+        name: moved / counted[name]
+        for name, moved in zip(rows.name, rows.hbm_bytes, strict=True)
+        if name in counted
+    }
+    # 1,024 (token, expert) pairs of 256 tokens on 8 experts, blocks of 64 rows, launched in order
+    window = next(w for w in windows if w["case"] == "moe.fused.mixtral-8x7b.t256")
+    assert window["details"]["config"]["GROUP_SIZE_M"] == 1
+    blocks = window["details"]["expert_rows"] / window["details"]["config"]["BLOCK_SIZE_M"]
+    assert read["moe.fused.mixtral-8x7b.t256"] == pytest.approx(blocks / 8)
+    assert read["moe.fused.qwen3-30b-a3b.t256"] == 1.0  # experts of 9 MB stay in the L2
+
+
+def test_other_kernels_than_the_classes_are_no_rows() -> None:
+    windows = read_windows(DATA / "kernels" / "h100-card-j.jsonl.gz")
+    rows = kernel_rows(windows, load_gpu("h100").boost_clock_hz)
+    kinds = {name.split(".")[1] for name in rows.name if name.startswith("elementwise")}
+    assert kinds == {"residual_add"}
+    assert not [name for name in rows.name if name.startswith(("copy", "sampling.random"))]
+
+
+def test_experts_that_were_not_counted_leave_a_run_out() -> None:
+    rows, left_out = read_own([DATA / "serving" / "h100-card-i.jsonl.gz"])
+    assert {row.model_name for row in rows} == {"llama-3.1-8b"}
+    reasons = {entry.reason: entry.rows for entry in left_out}
+    assert reasons["mixture of experts whose chosen experts were not counted"] == 10
+
+
+def test_only_what_was_measured_is_fitted() -> None:
+    start = load_calibration("h100")
+
+    def names(**changes: object) -> set[str]:
+        told = {"classes": {"gemm"}, "dtypes": {"bf16"}, "stacks": set(), "tensor_parallel": False}
+        return {p.paths[0] for p in parameters_for(start, **(told | changes))}  # type: ignore[arg-type]
+
+    alone = names()
+    assert {"kernels.gemm.split_seconds", "joules_per_flop.bf16", "base_watts"} <= alone
+    assert not [n for n in alone if n.startswith("stacks") or "moe" in n or "link" in n]
+    assert "kernel_gap_seconds" not in alone
+    assert "joules_per_flop.fp8" in names(dtypes={"bf16", "fp8"})
+    runs = names(stacks={"vllm"})
+    assert {"stacks.vllm.step_host_seconds", "kernel_gap_seconds"} <= runs
+    assert "stacks.transformers.launch_seconds" not in runs
+    assert "joules_per_link_byte" in names(stacks={"vllm"}, tensor_parallel=True)
+
+
+def test_a_start_of_another_gpu_is_transferred_where_rules_know_both() -> None:
+    h100 = load_calibration("h100")
+    moved = start_from("h100", "h200")
+    assert moved.gpu == "h100"  # says where it is from
+    assert moved.kernels == transfer("h200", h100).kernels
+    assert moved.joules_per_hbm_byte == h100.joules_per_hbm_byte
+    # the L2 is as fast on both, the memory behind it is not
+    memory = load_gpu("h100").hbm_bytes_per_s / load_gpu("h200").hbm_bytes_per_s
+    assert moved.onchip_speedup == pytest.approx(h100.onchip_speedup * memory)
+    assert start_from("h100", "h100") == h100
+    assert start_from("l4", "h200") == load_calibration("l4")  # never measured itself

@@ -15,6 +15,7 @@ from energymodel.roofline import (
     clock_under_cap,
     kernel_costs,
     operator_costs,
+    splits,
     step_seconds_and_joules,
     wave_fill,
 )
@@ -114,6 +115,48 @@ def test_joules_of_each_part() -> None:
     assert costs.link_joules == pytest.approx([5e-5])
     total = costs.memory_seconds + costs.compute_seconds
     assert costs.active_memory_joules + costs.active_compute_joules == pytest.approx(100.0 * total)
+
+
+def test_bytes_from_device_memory_pay_for_the_chip_too() -> None:
+    # 1 GB from device memory and 2 GB from kernel to kernel cross the chip: 3 GB at 10 pJ/B
+    costs = costs_of(ideal_kernel(), hbm_bytes=1e9, activation_bytes=2e9)
+    assert costs.onchip_joules == pytest.approx([0.03])
+    # but half of the L2, all activations spill, and are paid for once
+    spilled = 2e9 - 0.5 * gpu().l2_bytes
+    assert costs.hbm_joules == pytest.approx([80e-12 * (1e9 + spilled)])
+
+
+def test_padding_takes_time_but_no_energy() -> None:
+    kernel = ideal_kernel()
+    costs = costs_of(kernel, flops=5e11, executed_flops=1e12)
+    assert costs.compute_seconds == pytest.approx([1e-3], rel=1e-6)
+    assert costs.flop_joules == pytest.approx([0.25])
+
+
+def splits_of(**work: float | bool) -> float:
+    values = {"gemm_rows": 0.0, "gemm_columns": 0.0, "gemm_k": 0.0, "tiles": 0.0, "calls": 1.0}
+    arrays = {
+        k: np.array([v]) for k, v in ({**values, "is_decode_attention": False} | work).items()
+    }
+    return float(splits(**arrays, sm_count=132)[0])
+
+
+def test_split_sums_by_hand() -> None:
+    # 4096 columns are 32 tiles of 132 SMs; sums of 4096 count half
+    gemm = {"gemm_columns": 4096.0, "gemm_k": 4096.0, "calls": 3.0}
+    assert splits_of(gemm_rows=1.0, **gemm) == pytest.approx(3 * (1 - 32 / 132) / 2)
+    assert splits_of(gemm_rows=640.0, **gemm) == 0.0  # 160 tiles
+    assert splits_of(**gemm) == 0.0  # no rows, no kernel
+    # 13 sequences of 8 KV heads fill 104 of 132 SMs, 14 fill 112: more than 0.8 of them
+    assert splits_of(is_decode_attention=True, tiles=2 * 104.0, calls=2.0) == 2.0
+    assert splits_of(is_decode_attention=True, tiles=2 * 112.0, calls=2.0) == 0.0
+    assert splits_of(is_decode_attention=True) == 0.0
+
+
+def test_a_split_costs_its_second_kernel() -> None:
+    kernel = ideal_kernel(split_seconds=2e-6)
+    plain = seconds_of(kernel, executed_flops=1e9)
+    assert seconds_of(kernel, executed_flops=1e9, splits=1.5) == pytest.approx(plain + 3e-6)
 
 
 def test_nothing_costs_nothing() -> None:
