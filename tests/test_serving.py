@@ -23,7 +23,7 @@ from calibration.serving import cases as serving_cases
 from calibration.serving import run_plan as serving
 from calibration.serving import steady as serving_steady
 from calibration.serving import vllm_engine as serving_engine
-from calibration.serving.cases import metered, run_cases
+from calibration.serving.cases import measure_case, metered, run_cases
 from calibration.serving.engine import RunLog, TimeUpError
 from calibration.serving.plan import (
     Case,
@@ -260,6 +260,18 @@ def test_transformers_has_met_every_length_before_it_is_metered(
     outcomes(engine, world, Case(input_tokens=7, output_tokens=40, batch=4), stack=stack)
     assert engine.lengths[0] == warm_up
     assert set(engine.lengths[1:]) == {40}
+
+
+def test_a_replay_is_warmed_up_with_a_lone_request_and_a_burst(
+    world: World, tmp_path: Path
+) -> None:
+    lines = [f"{0.1 * i},{5 + i},3" for i in range(20)]
+    text = "\n".join(["arrival_seconds,input_tokens,output_tokens", *lines])
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    engine = StepEngine(world)
+    case = Case(kind="trace", trace="t.csv", arrivals="own")
+    measure_case(engine, WorldMeter(world), case, a_plan(folder=tmp_path), 100, 1e9)
+    assert engine.served == [1, 16, 20]
 
 
 def test_a_host_tells_its_speed() -> None:
