@@ -241,8 +241,8 @@ def setup_warnings(deployment: Deployment) -> list[str]:
     if serving.draft is not None or serving.decoding != "greedy":
         other = "drafts" if serving.draft is not None else f"{serving.decoding} decoding"
         warnings.append(
-            "the interval is mostly that of greedy decoding without drafts; few or none of the runs "
-            f"it rests on had {other}"
+            "the interval is mostly that of greedy decoding without drafts; few or none of the "
+            f"runs it rests on had {other}"
         )
     if calibration.gpu != gpu.name:
         warnings.append(
