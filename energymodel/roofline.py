@@ -48,7 +48,7 @@ _MMA_ROWS = 16
 """Rows a GEMM is padded to: tokens lie on the N side of the matrix instruction, whose N is a
 multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take tiles of 16."""
 _LONG_SUM = 8192.0
-"""Length of a GEMM's sums [elements] from which on splitting them is usual; scales `splits`."""
+"""Length of a GEMM's sums [elements] at which `split_seconds` is stated: a unit, no threshold."""
 _SPLIT_BELOW = 0.8
 """Decode attention splits sequences while its thread blocks fill less of the SMs (FlashAttention,
 `num_splits_heuristic`)."""

@@ -72,7 +72,7 @@ def test_the_fit_finds_the_parameters_that_made_the_runs() -> None:
     truth = calibration()
     shapes = [(8, 40, 1), (64, 40, 8), (128, 2, 32), (500, 1, 4), (1000, 30, 2), (16, 60, 64)]
     runs = [run(truth, stack, *shape) for stack in ("vllm", "vllm-eager") for shape in shapes]
-    windows = kernel_rows(read_windows(WINDOWS)[:20], gpu().boost_clock_hz)
+    windows = kernel_rows(read_windows(WINDOWS)[:20], gpu())
     windows = replace(windows, seconds=window_seconds_and_watts(windows, gpu(), truth)[0])
     windows = replace(windows, watts=window_seconds_and_watts(windows, gpu(), truth)[1])
     wanted = {
@@ -126,7 +126,7 @@ def test_transfer_refuses_what_no_rule_covers() -> None:
 
 def test_experts_larger_than_the_l2_are_read_for_each_block_of_rows() -> None:
     windows = read_windows(DATA / "kernels" / "h100-card-h.jsonl.gz")
-    rows = kernel_rows(windows, load_gpu("h100").boost_clock_hz)
+    rows = kernel_rows(windows, load_gpu("h100"))
     counted = {w["case"]: w["hbm_bytes"] for w in windows if w["hbm_bytes"]}
     read = {
         name: moved / counted[name]
@@ -143,7 +143,7 @@ def test_experts_larger_than_the_l2_are_read_for_each_block_of_rows() -> None:
 
 def test_other_kernels_than_the_classes_are_no_rows() -> None:
     windows = read_windows(DATA / "kernels" / "h100-card-j.jsonl.gz")
-    rows = kernel_rows(windows, load_gpu("h100").boost_clock_hz)
+    rows = kernel_rows(windows, load_gpu("h100"))
     kinds = {name.split(".")[1] for name in rows.name if name.startswith("elementwise")}
     assert kinds == {"residual_add"}
     assert not [name for name in rows.name if name.startswith(("copy", "sampling.random"))]

@@ -26,7 +26,8 @@ _ONE_MODEL = 2.0
 input length, and on another H100 of 2.9 % for the same model, 6.8 % for OLMoE-1B-7B and 13.4 % for
 Llama-3.2-1B, whose steps wait for the host as the 8B's never do."""
 _WAITING_SHARE = 0.03
-"""Of the energy, from which on a run counts as one that waits for the host."""
+"""Of the energy, from which on a run counts as one that waits for the host; chosen with the errors
+of the held-out runs in sight, see docs/residuals.md."""
 _UNTESTED = 0.5
 """Size of the interval of a stack with too few runs."""
 

@@ -80,7 +80,7 @@ def fit_machine(
     windows = measured.windows
     origin = f"calibration of the {start.gpu}, origin {start.origin}"
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
-    rows = kernel_rows(windows, gpu.boost_clock_hz)
+    rows = kernel_rows(windows, gpu)
     rows = rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype])
     families = len(set(rows.family))
     if families < _FEWEST_FAMILIES:
@@ -89,7 +89,7 @@ def fit_machine(
             f"{_FEWEST_FAMILIES} families are needed; run `energymodel calibrate --suite quick`"
         )
     progress(f"{len(rows)} kernel windows of {families} shape families")
-    links = link_rows(windows, gpu.boost_clock_hz)
+    links = link_rows(windows, gpu)
     start = fit_link(links, gpu, start)
     errors = window_errors(rows, *held_out_windows(rows, gpu, start))
     found, left_out = read_own(measured.serving_files)
@@ -147,7 +147,8 @@ def fit_machine(
         "serving_runs": {
             "fitted": len(runs),
             "never fitted": len(others),
-            "unsteady, left out": len([r for r in found if r.gpu == gpu.name]) - len(mine),
+            "unsteady or saturated, left out": len([r for r in found if r.gpu == gpu.name])
+            - len(mine),
             **{entry.reason: entry.rows for entry in left_out},
         },
         "held_out_runs": {s: plain_each(run_errors(pairs)) for s, pairs in held_out.items()},

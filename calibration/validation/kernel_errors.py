@@ -70,8 +70,8 @@ def held_out(measured: Measurements, start: Calibration) -> HeldOut:
     """Each kernel window by a fit, from `start`, to the windows of all other shape families."""
     gpu = measured.gpu
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
-    start = fit_link(link_rows(measured.windows, gpu.boost_clock_hz), gpu, start)
-    rows = kernel_rows(measured.windows, gpu.boost_clock_hz)
+    start = fit_link(link_rows(measured.windows, gpu), gpu, start)
+    rows = kernel_rows(measured.windows, gpu)
     rows = rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype])
     seconds, watts = held_out_windows(rows, gpu, start)
     return HeldOut(rows=rows, seconds=seconds, watts=watts)
