@@ -83,6 +83,9 @@ class StackCalibration:
     """Host time to admit one request; overlaps the GPU's but in the first step after a pause."""
     parallel_host_seconds: float = 0.0
     """Host time of a step beyond that where other processes drive further GPUs."""
+    parallel_sequence_share: float = 1.0
+    """Share of the host time per sequence that counts where other processes drive further GPUs:
+    they prepare a step's inputs while the engine schedules [-]."""
     draft_host_seconds: float = 0.0
     """Host time to prepare a pass of a draft model; overlaps the GPU's."""
     round_host_seconds: float = 0.0

@@ -407,16 +407,17 @@ def host_seconds(model: ModelSpec, stack: StackCalibration, serving: ServingConf
     step, 7 per new prompt; 8 of a draft model's pass, which launches every kernel; 9 of a round
     with drafts, 10 the same per sequence.
     """
-    step = stack.step_host_seconds
+    step, sequence = stack.step_host_seconds, stack.sequence_host_seconds
     if serving.tensor_parallel > 1:
         step += stack.parallel_host_seconds
+        sequence *= stack.parallel_sequence_share
     draft_kernels = 0.0 if serving.draft is None else _kernels(serving.draft.model, stack)
     return np.array(
         [
             step,
             step + stack.piecewise_kernels * model.num_layers * stack.launch_seconds,
             step + _kernels(model, stack) * stack.launch_seconds,
-            stack.sequence_host_seconds,
+            sequence,
             stack.step_gap_seconds,
             stack.sequence_gap_seconds,
             stack.start_gap_seconds,

@@ -19,6 +19,7 @@ STACK = replace(
     kernels_per_layer=70.0,
     norm_kernels=8.0,
     parallel_host_seconds=5e-4,
+    parallel_sequence_share=0.4,
     draft_host_seconds=3e-4,
     round_host_seconds=2e-3,
     round_sequence_host_seconds=1e-4,
@@ -51,8 +52,9 @@ def test_further_gpus_take_host_time() -> None:
         host_seconds(load_model("llama-3.1-8b"), STACK, ServingConfig(tensor_parallel=n))
         for n in (1, 2)
     )
-    assert np.flatnonzero(two - one).tolist() == [0, 1, 2]  # every kind of step
+    assert np.flatnonzero(two - one).tolist() == [0, 1, 2, 3]  # every kind of step, and sequences
     assert two[0] - one[0] == pytest.approx(5e-4)
+    assert two[3] == pytest.approx(0.4 * one[3])
 
 
 def test_a_draft_model_s_kernels_are_launched_one_by_one() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shapes import calibration, gpu, tiny
 
+from calibration.fitting.fit_errors import narrowest
 from energymodel.calibrations import IntervalCalibration
 from energymodel.workload import predict
 
@@ -43,3 +45,31 @@ def test_a_prediction_widens_by_its_own_waiting() -> None:
     assert found.bins[0].energy_joules_low == pytest.approx(
         found.bins[0].energy_joules * expected.low
     )
+
+
+def test_the_narrowest_interval_by_hand() -> None:
+    # ten runs, nine to hold; four of them wait 10 or 20 % of their energy and err by as much more
+    errors = np.array([0.01, 0.01, 0.02, 0.02, 0.02, 0.02, 0.05, 0.05, 0.10, 0.30])
+    waiting = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2])
+    size, spread = narrowest(errors, waiting)
+    # at 2 %: sqrt(0.05^2 - 0.02^2) / 0.1 = 0.458, sqrt(0.1^2 - 0.02^2) / 0.2 = 0.490
+    assert size == 0.02
+    assert spread == pytest.approx(0.4899, abs=1e-4)
+
+
+def test_without_waiting_the_narrowest_is_the_quantile() -> None:
+    errors = np.linspace(0.01, 0.2, 20)
+    assert narrowest(errors, np.zeros(20)) == (pytest.approx(errors[17]), 0.0)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(1e-4, 1.0), st.floats(0.0, 1.0) | st.just(0.0)), min_size=5, max_size=60
+    )
+)
+def test_the_narrowest_holds_its_share(runs: list[tuple[float, float]]) -> None:
+    errors, waiting = np.array(runs).T
+    size, spread = narrowest(errors, waiting)
+    held = errors <= np.hypot(size, spread * waiting) * (1.0 + 1e-9)
+    assert held.mean() >= 0.9
+    assert size >= np.median(errors)

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.fitting.fit_kernels import ErrorSummary, summarize
 from calibration.fitting.serving_runs import Run, simulated
 from energymodel.calibrations import Calibration, IntervalCalibration
+
+Array = NDArray[np.float64]
 
 LEVEL = 0.9
 Pairs = Sequence[tuple[Run, Calibration]]
@@ -26,8 +29,10 @@ _ONE_MODEL = 2.0
 input length, and on another H100 of 2.9 % for the same model, 6.8 % for OLMoE-1B-7B and 13.4 % for
 Llama-3.2-1B, whose steps wait for the host as the 8B's never do."""
 _WAITING_SHARE = 0.03
-"""Of the energy, from which on a run counts as one that waits for the host; chosen with the errors
-of the held-out runs in sight, see docs/residuals.md."""
+"""Of the energy, from which on a run counts as one that waits for the host. Fewer than the fewest
+runs of either kind tell nothing of how errors grow with it."""
+_NEVER = 1e-6
+"""Share of the energy up to which a run does not wait at all."""
 _UNTESTED = 0.5
 """Size of the interval of a stack with too few runs."""
 
@@ -48,17 +53,16 @@ def interval_of_split(
 ) -> IntervalCalibration:
     """Interval of a stack from the runs that a written split holds out of the fit.
 
-    Enough runs: the p90 of the errors of those that hardly wait for the host, and how much more the
-    others err by the share of their energy that they wait. A few: their largest error. Fewer: the
-    largest one of them and of the fitted runs, each predicted without its model, widened. None: the
-    start's, and no smaller than `least`.
+    Enough runs: `narrowest` of them and of the fitted runs, each predicted without its model. A
+    few: their largest error. Fewer: the largest one of both, widened. None: the start's, and no
+    smaller than `least`.
     """
     if not held_out and not left_out and start is not None:
         basis = f"as on the GPU whose host times were taken over: {start.basis}"
         if least > start.high - 1.0:
             basis = f"as of the stack that was measured here, which is wider than {basis}"
         return interval(max(start.high - 1.0, least), basis)
-    if (found := _interval_by_waiting(held_out)) is not None:
+    if (found := _interval_by_waiting(held_out, left_out)) is not None:
         return found
     if len(held_out) >= _FEWEST_RUNS:
         error = run_errors(held_out)["joules"]
@@ -77,25 +81,46 @@ def interval_of_split(
     return interval(size, basis)
 
 
-def _interval_by_waiting(pairs: Pairs) -> IntervalCalibration | None:
+def _interval_by_waiting(held_out: Pairs, left_out: Pairs) -> IntervalCalibration | None:
     """Interval that widens as runs wait for the host; None with too few runs of either kind."""
-    if not pairs:
+    pairs = [*held_out, *left_out]
+    if not held_out:
         return None
     predicted = [simulated([run], calibration) for run, calibration in pairs]
     joules, waiting = np.array([[p[0][0], p[3][0]] for p in predicted]).T
     errors = np.abs(joules / np.array([run.joules for run, _ in pairs]) - 1.0)
-    some = waiting >= _WAITING_SHARE
-    if some.sum() < _FEWEST_RUNS or (~some).sum() < _ENOUGH_RUNS:
+    some = int((waiting >= _WAITING_SHARE).sum())
+    if some < _FEWEST_RUNS or len(pairs) - some < _ENOUGH_RUNS:
         return None
-    size = float(np.percentile(errors[~some], 100 * LEVEL))
-    beyond = np.sqrt(np.maximum(errors[some] ** 2 - size**2, 0.0)) / waiting[some]
-    spread = float(np.percentile(beyond, 100 * LEVEL))
+    size, spread = narrowest(errors, waiting)
+    what = f"{len(held_out)} held-out serving runs"
+    if left_out:
+        what += f" and {len(left_out)} fitted ones, each predicted without its model"
     basis = (
-        f"p90 error of {(~some).sum()} held-out serving runs that hardly wait for the host; from "
-        f"{some.sum()} that do, {spread:.2f} x the share of the energy spent waiting is added in "
-        "quadrature"
+        f"the narrowest that holds 90 % of {what}; {spread:.2f} x the share of the energy spent "
+        f"waiting for the host is added in quadrature ({some} wait {_WAITING_SHARE:.0%} or more)"
     )
     return replace(interval(size, basis), host_spread=round(spread, 4))
+
+
+def narrowest(errors: Array, waiting: Array, level: float = LEVEL) -> tuple[float, float]:
+    """Size and spread of the on average narrowest interval that holds a share of the errors.
+
+    errors : relative, without sign, (n,); waiting : share of the energy spent waiting, (n,).
+    The interval of a run is hypot(size, spread * waiting). Size is one of the errors and no less
+    than their median; spread the smallest that holds `level` of the errors then.
+    """
+    best = np.inf, float(errors.max()), 0.0
+    for size in np.unique(errors[errors >= np.median(errors)]):
+        beyond = np.sqrt(np.maximum(errors**2 - size**2, 0.0))
+        needed = np.full(len(errors), np.inf)
+        np.divide(beyond, waiting, out=needed, where=waiting > _NEVER)
+        needed[beyond == 0.0] = 0.0
+        spread = float(np.sort(needed)[int(np.ceil(level * len(errors))) - 1])
+        if np.isfinite(spread):
+            width = float(np.hypot(size, spread * waiting).mean())
+            best = min(best, (width, float(size), spread))
+    return best[1], best[2]
 
 
 def interval_of_machine(

@@ -231,16 +231,22 @@ def held_out_windows(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> tupl
 def _models_left_out(
     fitted: Sequence[Run], rows: KernelRows, gpu: GpuSpec, start: Calibration
 ) -> list[tuple[Run, Calibration]]:
-    """Runs of each model with a fit to the other models' runs, where those ran on its stack."""
+    """Runs of each model with a fit to the other models' runs, where those show what serves it."""
     found = []
     for model in sorted({r.row.model_name for r in fitted}):
         rest = [r for r in fitted if r.row.model_name != model]
-        stacks = {r.row.stack for r in rest}
-        own = [r for r in fitted if r.row.model_name == model and r.row.stack in stacks]
+        shown = {_served(r) for r in rest}
+        own = [r for r in fitted if r.row.model_name == model and _served(r) in shown]
         if own:
             without = _fit(rest, rows, gpu, start).calibration
             found += [(r, without) for r in own]
     return found
+
+
+def _served(run: Run) -> tuple[str, bool, bool]:
+    """Stack, and whether on several GPUs and with a draft model: each has host times of its own."""
+    row = run.row
+    return row.stack, row.tensor_parallel > 1, "draft_model" in row.options
 
 
 def _held_out_runs(

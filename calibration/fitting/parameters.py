@@ -49,6 +49,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     _stack("start_gap_seconds", "transformers", "transformers-compile", prior=1.0),
     _stack("step_host_seconds", "transformers-compile", prior=1.0),
     _stack("parallel_host_seconds", "vllm", "vllm-eager", prior=1.0),
+    _stack("parallel_sequence_share", "vllm", "vllm-eager", prior=0.5),
     _stack("round_sequence_host_seconds", "vllm", "vllm-eager", prior=1.5),
     _stack("round_host_seconds", "vllm", "vllm-eager", prior=1.0),
     # kernel seconds: other boards' tables are a good start
