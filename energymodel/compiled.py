@@ -26,6 +26,8 @@ from numba import njit
 _FILES = (
     "compiled",
     "step_costs",
+    "step_heaps",
+    "requests_in_flight",
     "continuous_batching",
     "static_batching",
     "speculative_batching",

@@ -29,12 +29,28 @@ from numpy.typing import NDArray
 
 from energymodel.compiled import compiled
 from energymodel.costs import CostTables
+from energymodel.requests_in_flight import (
+    ABANDONED,
+    CACHED,
+    CHUNK,
+    COMPUTED,
+    FIRST,
+    GENERATED,
+    INPUT,
+    JOULES,
+    OUTPUT,
+    SERVED,
+    STUCK,
+    idle_until,
+    note_done,
+    occupy,
+    steps_until,
+)
 from energymodel.step_costs import (
     CLOCK,
     DECODE,
     DECODE_ATTENTION,
     HOST_BOUND,
-    IDLE,
     LONGEST_THROTTLED_JUMP,
     NOW,
     PREEMPT,
@@ -43,20 +59,18 @@ from energymodel.step_costs import (
     SECONDS,
     TOTALS,
     account,
+    between,
     pairs,
     step_cost,
 )
+from energymodel.step_heaps import SLOTS, drop, pop, push
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# how `advance` ended
-SERVED, STUCK, ABANDONED = 0, 1, 2
-
-# columns of Replica.slot_ints
-_ID, _INPUT, _OUTPUT, _CACHED, _GENERATED, _COMPUTED, _CHUNK, _OFFSET, _ENDS, _ORDER = range(10)
-# columns of Replica.slot_floats
-_ARRIVAL, _FIRST, _JOULES, _BY_SEQUENCE0, _BY_CONTEXT0, _BY_STEP0 = range(6)
+# columns of Replica.slot_ints and slot_floats behind those of `requests_in_flight`
+_OFFSET, _ENDS, _ORDER = range(7, 10)
+_BY_SEQUENCE0, _BY_CONTEXT0, _BY_STEP0 = range(3, 6)
 # Replica.counts
 (
     _DECODING,
@@ -75,9 +89,6 @@ _ARRIVAL, _FIRST, _JOULES, _BY_SEQUENCE0, _BY_CONTEXT0, _BY_STEP0 = range(6)
 ) = range(13)
 # Replica.clocks
 _CUTOFF, _BY_SEQUENCE, _BY_CONTEXT, _BY_STEP = range(4)
-
-_SLOTS = 1 << 20  # a heap key is step x _SLOTS + slot
-MOST_SLOTS = _SLOTS - 1
 
 
 class Replica(NamedTuple):
@@ -102,15 +113,6 @@ class Replica(NamedTuple):
     """Slots with a piece of prompt in the present step."""
 
 
-class Done(NamedTuple):
-    """Requests that ended, in order of ending."""
-
-    ids: Ints
-    """(m, 3) number of the request in order of arrival, input tokens, output tokens."""
-    times: Array
-    """(m, 4) arrival, first token and last token [s], active energy [J]."""
-
-
 def new_replica(costs: CostTables) -> Replica:
     """An idle replica at time 0."""
     max_batch, _, blocks, block, _ = costs.config
@@ -131,53 +133,6 @@ def new_replica(costs: CostTables) -> Replica:
         free_slots=np.arange(max_batch, dtype=np.int64)[::-1].copy(),
         chunked=np.zeros(max_batch, np.int64),
     )
-
-
-def new_done(size: int) -> Done:
-    """Room for `size` requests that end."""
-    return Done(ids=np.empty((size, 3), np.int64), times=np.empty((size, 4)))
-
-
-@compiled
-def _push(heap, size, key):  # type: ignore[no-untyped-def]
-    child = size
-    while child > 0:
-        parent = (child - 1) >> 1
-        if heap[parent] <= key:
-            break
-        heap[child] = heap[parent]
-        child = parent
-    heap[child] = key
-
-
-@compiled
-def _pop(heap, size):  # type: ignore[no-untyped-def]
-    """Drop the smallest key of a heap of `size` keys."""
-    key = heap[size - 1]
-    parent = 0
-    while True:
-        child = 2 * parent + 1
-        if child >= size - 1:
-            break
-        if child + 1 < size - 1 and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= key:
-            break
-        heap[parent] = heap[child]
-        parent = child
-    heap[parent] = key
-
-
-@compiled
-def _drop(heap, size, slot):  # type: ignore[no-untyped-def]
-    """Take the key of a slot out of a heap; returns the new size."""
-    kept = 0
-    for i in range(size):
-        key = heap[i]
-        if key % _SLOTS != slot:
-            _push(heap, kept, key)
-            kept += 1
-    return kept
 
 
 @compiled
@@ -209,39 +164,6 @@ def _steps_within(free, decoding, residues, step, longest):  # type: ignore[no-u
 
 
 @compiled
-def steps_until(wanted, first, last, k):  # type: ignore[no-untyped-def]
-    """Steps until `wanted` seconds have passed, of k that take `first` to `last` seconds."""
-    if wanted <= 0.0:
-        return 0
-    slope = (last - first) / (k - 1)
-    if slope > 1e-15 * first:
-        b = first - 0.5 * slope
-        root = (np.sqrt(b * b + 2.0 * slope * wanted) - b) / slope
-    else:
-        root = wanted / first
-    return int(np.ceil(root - 1e-9)) if root < k else k
-
-
-@compiled
-def _between(first, last, share):  # type: ignore[no-untyped-def]
-    """Cost of a decode step between two of the same kind, neither under the power limit."""
-    return (
-        first[0] + (last[0] - first[0]) * share,
-        first[1] + (last[1] - first[1]) * share,
-        first[2],
-        first[3],
-        first[4] + (last[4] - first[4]) * share,
-        first[5] + (last[5] - first[5]) * share,
-        first[6],
-        first[7],
-        first[8],
-        first[9],
-        first[10],
-        first[11],
-    )
-
-
-@compiled
 def advance(  # type: ignore[no-untyped-def]
     replica, sums, requests, first_id, no_more, tables, host, limits, config, jump, patience, done
 ):
@@ -263,7 +185,7 @@ def advance(  # type: ignore[no-untyped-def]
     -------
     Requests admitted, requests done, and one of SERVED, STUCK, ABANDONED.
     """
-    arrival, inputs, outputs, cached = requests
+    arrival, inputs, _, cached = requests
     max_batch, budget_tokens, _, block, window = config
     totals, counts, clocks = replica.totals, replica.counts, replica.clocks
     ints, floats = replica.slot_ints, replica.slot_floats
@@ -290,26 +212,24 @@ def advance(  # type: ignore[no-untyped-def]
             if n_preempted == 0:
                 if head >= n:
                     break
-                if arrival[head] > totals[NOW]:
-                    totals[IDLE] += arrival[head] - totals[NOW]
-                    totals[NOW] = arrival[head]
+                idle_until(arrival[head], totals)
             cutoff = totals[NOW]
         if head < n and cutoff - arrival[head] > patience:
             status = ABANDONED
             break
         # --- sequences that fill their window now
-        while n_windowed > 0 and windowed[0] // _SLOTS <= step:
+        while n_windowed > 0 and windowed[0] // SLOTS <= step:
             below -= 1
-            below_offsets -= ints[windowed[0] % _SLOTS, _OFFSET]
-            _pop(windowed, n_windowed)
+            below_offsets -= ints[windowed[0] % SLOTS, _OFFSET]
+            pop(windowed, n_windowed)
             n_windowed -= 1
         # --- schedule: running requests first
         needed = residues[step % block] if decoding > 0 else 0
         chunk = 0
         held = 0
         if partial >= 0:
-            computed = ints[partial, _COMPUTED]
-            known = ints[partial, _INPUT] + ints[partial, _GENERATED]
+            computed = ints[partial, COMPUTED]
+            known = ints[partial, INPUT] + ints[partial, GENERATED]
             chunk = min(known - computed, budget_tokens - decoding)
             held = (computed + block - 1) // block
             needed += (computed + chunk + block - 1) // block - held
@@ -317,17 +237,17 @@ def advance(  # type: ignore[no-untyped-def]
         while needed > free:  # the last admitted gives way
             if partial >= 0:
                 victim = partial
-                computed = ints[victim, _COMPUTED]
+                computed = ints[victim, COMPUTED]
                 needed -= (computed + chunk + block - 1) // block - held
                 partial = -1
                 chunk = 0
             else:
-                victim = ending[0] % _SLOTS
+                victim = ending[0] % SLOTS
                 for i in range(1, decoding):
-                    slot = ending[i] % _SLOTS
+                    slot = ending[i] % SLOTS
                     if ints[slot, _ORDER] > ints[victim, _ORDER]:
                         victim = slot
-                _drop(ending, decoding, victim)
+                drop(ending, decoding, victim)
                 decoding -= 1
                 offset = ints[victim, _OFFSET]
                 computed = offset + step
@@ -339,9 +259,9 @@ def advance(  # type: ignore[no-untyped-def]
                 if window > 0 and computed + 1 < window:
                     below -= 1
                     below_offsets -= offset
-                    n_windowed = _drop(windowed, n_windowed, victim)
-                ints[victim, _GENERATED] = ints[victim, _OUTPUT] - (ints[victim, _ENDS] - step)
-                floats[victim, _JOULES] += (
+                    n_windowed = drop(windowed, n_windowed, victim)
+                ints[victim, GENERATED] = ints[victim, OUTPUT] - (ints[victim, _ENDS] - step)
+                floats[victim, JOULES] += (
                     by_sequence
                     - floats[victim, _BY_SEQUENCE0]
                     + (offset + 1) * (by_context - floats[victim, _BY_CONTEXT0])
@@ -356,7 +276,7 @@ def advance(  # type: ignore[no-untyped-def]
         budget = budget_tokens - decoding - chunk
         n_chunked = 0
         if partial >= 0:
-            ints[partial, _CHUNK] = chunk
+            ints[partial, CHUNK] = chunk
             chunked[0] = partial
             n_chunked = 1
         # --- then waiting ones
@@ -364,8 +284,8 @@ def advance(  # type: ignore[no-untyped-def]
             while budget > 0 and decoding + n_chunked + late_slots < max_batch:
                 if n_preempted > 0:
                     slot = preempted[n_preempted - 1]
-                    known = ints[slot, _INPUT] + ints[slot, _GENERATED]
-                    computed = ints[slot, _CACHED]
+                    known = ints[slot, INPUT] + ints[slot, GENERATED]
+                    computed = ints[slot, CACHED]
                 elif head < n and arrival[head] <= cutoff:
                     slot = -1
                     known = inputs[head]
@@ -379,21 +299,15 @@ def advance(  # type: ignore[no-untyped-def]
                 else:
                     n_free -= 1
                     slot = free_slots[n_free]
-                    ints[slot, _ID] = first_id + head
-                    ints[slot, _INPUT] = inputs[head]
-                    ints[slot, _OUTPUT] = outputs[head]
-                    ints[slot, _CACHED] = computed
-                    ints[slot, _GENERATED] = 0
-                    floats[slot, _ARRIVAL] = arrival[head]
-                    floats[slot, _JOULES] = 0.0
+                    occupy(slot, requests, head, first_id + head, ints, floats)
                     head += 1
                 chunk = min(known - computed, budget)
                 free -= (computed + chunk + block - 1) // block
                 budget -= chunk
                 ints[slot, _ORDER] = admitted
                 admitted += 1
-                ints[slot, _COMPUTED] = computed
-                ints[slot, _CHUNK] = chunk
+                ints[slot, COMPUTED] = computed
+                ints[slot, CHUNK] = chunk
                 chunked[n_chunked] = slot
                 n_chunked += 1
         free += late_blocks
@@ -417,16 +331,16 @@ def advance(  # type: ignore[no-untyped-def]
         cut = 0.0
         for i in range(n_chunked):
             slot = chunked[i]
-            computed = ints[slot, _COMPUTED]
-            tokens += ints[slot, _CHUNK]
-            if ints[slot, _CHUNK] == 1 and computed > 0:  # one token, as far as attention can tell
+            computed = ints[slot, COMPUTED]
+            tokens += ints[slot, CHUNK]
+            if ints[slot, CHUNK] == 1 and computed > 0:  # one token, as far as attention can tell
                 decodes += 1
                 context += computed + 1
                 near += min(computed + 1, window)
             else:
                 prefills += 1
                 whole, windowed_pairs = pairs(
-                    float(computed), float(ints[slot, _CHUNK]), float(window)
+                    float(computed), float(ints[slot, CHUNK]), float(window)
                 )
                 full += whole
                 cut += windowed_pairs
@@ -438,14 +352,14 @@ def advance(  # type: ignore[no-untyped-def]
         k = 1
         arrives = False
         if jump and n_chunked == 0 and not any_preempted:
-            k = ending[0] // _SLOTS - step
+            k = ending[0] // SLOTS - step
             if n_windowed > 0:
-                k = min(k, windowed[0] // _SLOTS - step)
+                k = min(k, windowed[0] // SLOTS - step)
             if running < max_batch:
                 # who waits for blocks waits for a sequence to end: free blocks only get fewer
                 if n_preempted > 0:
                     slot = preempted[n_preempted - 1]
-                    known = ints[slot, _INPUT] + ints[slot, _GENERATED]
+                    known = ints[slot, INPUT] + ints[slot, GENERATED]
                     if (known + block - 1) // block <= free:
                         k = 1
                 elif head < n and (inputs[head] + block - 1) // block <= free:
@@ -472,7 +386,7 @@ def advance(  # type: ignore[no-untyped-def]
                     if throttled:
                         k = until
                         continue
-                    last = _between(first, last, (until - 1) / (k - 1))
+                    last = between(first, last, (until - 1) / (k - 1))
                     k = until
                     att_last = (context + (k - 1) * decoding, near + (k - 1) * below, 0.0, 0.0)
             break
@@ -501,30 +415,24 @@ def advance(  # type: ignore[no-untyped-def]
         partial = -1
         for i in range(n_chunked):
             slot = chunked[i]
-            chunk = ints[slot, _CHUNK]
-            computed = ints[slot, _COMPUTED]
+            chunk = ints[slot, CHUNK]
+            computed = ints[slot, COMPUTED]
             if chunk == 1 and computed > 0:
-                floats[slot, _JOULES] += each + per_context * (computed + 1)
+                floats[slot, JOULES] += each + per_context * (computed + 1)
             else:
                 whole, _ = pairs(float(computed), float(chunk), float(window))
-                floats[slot, _JOULES] += first[PREFILL] / (tokens - decodes) * chunk
-                floats[slot, _JOULES] += first[PREFILL_ATTENTION] / max(full, 1.0) * whole
+                floats[slot, JOULES] += first[PREFILL] / (tokens - decodes) * chunk
+                floats[slot, JOULES] += first[PREFILL_ATTENTION] / max(full, 1.0) * whole
             computed += chunk
-            if computed < ints[slot, _INPUT] + ints[slot, _GENERATED]:
-                ints[slot, _COMPUTED] = computed
+            if computed < ints[slot, INPUT] + ints[slot, GENERATED]:
+                ints[slot, COMPUTED] = computed
                 partial = slot
                 continue
-            generated = ints[slot, _GENERATED] + 1
+            generated = ints[slot, GENERATED] + 1
             if generated == 1:
-                floats[slot, _FIRST] = end
-            if generated >= ints[slot, _OUTPUT]:
-                done.ids[n_done, 0] = ints[slot, _ID]
-                done.ids[n_done, 1] = ints[slot, _INPUT]
-                done.ids[n_done, 2] = ints[slot, _OUTPUT]
-                done.times[n_done, 0] = floats[slot, _ARRIVAL]
-                done.times[n_done, 1] = floats[slot, _FIRST]
-                done.times[n_done, 2] = end
-                done.times[n_done, 3] = floats[slot, _JOULES]
+                floats[slot, FIRST] = end
+            if generated >= ints[slot, OUTPUT]:
+                note_done(done, n_done, slot, end, floats[slot, JOULES], ints, floats)
                 n_done += 1
                 late_slots += 1
                 late_blocks += (computed + block - 1) // block
@@ -532,13 +440,13 @@ def advance(  # type: ignore[no-untyped-def]
                 n_free += 1
                 continue
             offset = computed - step
-            ends = step + ints[slot, _OUTPUT] - generated
+            ends = step + ints[slot, OUTPUT] - generated
             ints[slot, _OFFSET] = offset
             ints[slot, _ENDS] = ends
             floats[slot, _BY_SEQUENCE0] = by_sequence
             floats[slot, _BY_CONTEXT0] = by_context
             floats[slot, _BY_STEP0] = by_step
-            _push(ending, decoding, ends * _SLOTS + slot)
+            push(ending, decoding, ends * SLOTS + slot)
             decoding += 1
             offsets += offset
             residues[-offset % block] += 1
@@ -547,12 +455,12 @@ def advance(  # type: ignore[no-untyped-def]
                 below_offsets += offset
                 fills = window - 1 - offset
                 if fills < ends:
-                    _push(windowed, n_windowed, fills * _SLOTS + slot)
+                    push(windowed, n_windowed, fills * SLOTS + slot)
                     n_windowed += 1
         # --- sequences that end
-        while decoding > 0 and ending[0] // _SLOTS <= step:
-            slot = ending[0] % _SLOTS
-            _pop(ending, decoding)
+        while decoding > 0 and ending[0] // SLOTS <= step:
+            slot = ending[0] % SLOTS
+            pop(ending, decoding)
             decoding -= 1
             offset = ints[slot, _OFFSET]
             offsets -= offset
@@ -560,20 +468,15 @@ def advance(  # type: ignore[no-untyped-def]
             if window > 0 and window - 1 - offset >= step:  # it never filled its window
                 below -= 1
                 below_offsets -= offset
-            done.ids[n_done, 0] = ints[slot, _ID]
-            done.ids[n_done, 1] = ints[slot, _INPUT]
-            done.ids[n_done, 2] = ints[slot, _OUTPUT]
-            done.times[n_done, 0] = floats[slot, _ARRIVAL]
-            done.times[n_done, 1] = floats[slot, _FIRST]
-            done.times[n_done, 2] = end
-            done.times[n_done, 3] = (
-                floats[slot, _JOULES]
+            joules = (
+                floats[slot, JOULES]
                 + by_sequence
                 - floats[slot, _BY_SEQUENCE0]
                 + (offset + 1) * (by_context - floats[slot, _BY_CONTEXT0])
                 + by_step
                 - floats[slot, _BY_STEP0]
             )
+            note_done(done, n_done, slot, end, joules, ints, floats)
             n_done += 1
             late_slots += 1
             late_blocks += (offset + step + block - 1) // block

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from energymodel.accounting import add_up, energy_parts
 from energymodel.bins import EXACT_GRID
-from energymodel.continuous_batching import SERVED, Replica, advance, new_done, new_replica
+from energymodel.continuous_batching import Replica, advance, new_replica
 from energymodel.deployment import Deployment
 from energymodel.errors import CapacityError, ConfigurationError
+from energymodel.requests_in_flight import SERVED, new_done
 from energymodel.simulator import Simulation, parameters, pass_counts
 from energymodel.step_costs import TOTALS, new_sums
 

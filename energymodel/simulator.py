@@ -13,18 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.continuous_batching import (
-    MOST_SLOTS,
-    SERVED,
-    Done,
-    advance,
-    new_done,
-    new_replica,
-)
+from energymodel.continuous_batching import advance, new_replica
 from energymodel.costs import ATTENTION_STATS, CostTables
+from energymodel.requests_in_flight import SERVED, Done, new_done
 from energymodel.speculative_batching import serve_with_drafts
 from energymodel.static_batching import serve_static_batches
 from energymodel.step_costs import TOTALS, new_sums
+from energymodel.step_heaps import MOST_SLOTS
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]

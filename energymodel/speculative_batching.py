@@ -36,13 +36,28 @@ from __future__ import annotations
 import numpy as np
 
 from energymodel.compiled import compiled
-from energymodel.continuous_batching import ABANDONED, SERVED, STUCK, steps_until
+from energymodel.requests_in_flight import (
+    ABANDONED,
+    CACHED,
+    CHUNK,
+    COMPUTED,
+    FIRST,
+    GENERATED,
+    INPUT,
+    JOULES,
+    OUTPUT,
+    SERVED,
+    STUCK,
+    idle_until,
+    note_done,
+    occupy,
+    steps_until,
+)
 from energymodel.step_costs import (
     CLOCK,
     DECODE,
     DECODE_ATTENTION,
     HOST_BOUND,
-    IDLE,
     LONGEST_THROTTLED_JUMP,
     NOW,
     PREEMPT,
@@ -61,20 +76,12 @@ from energymodel.step_costs import (
 # fields of a round's cost beyond those of a step: rows of the draft model's tables
 _FIRST_TOKENS, _FIRST_ROWS, _NEXT_TOKENS, _NEXT_ROWS = 12, 13, 14, 15
 
-# columns of the slots' whole numbers and real ones
+# columns of the slots' whole numbers behind those of `requests_in_flight`
 (
-    _ID,
-    _INPUT,
-    _OUTPUT,
-    _CACHED,
-    _GENERATED,  # tokens put out when the sequence began to decode, or was preempted
-    _COMPUTED,  # tokens in the cache then; of prompts, those computed so far
-    _CHUNK,  # tokens of the prompt in this round; 0 for decoding sequences
     _ROUNDS,  # done since the sequence began to decode
     _LEFT,  # rounds to do; 0 for prompts
     _BLOCKS,
-) = range(10)
-_ARRIVAL, _FIRST, _JOULES = range(3)
+) = range(7, 10)
 _TINY = 1e-9  # of a token: sums of real numbers that should be whole
 
 
@@ -187,16 +194,16 @@ def _statistics(running, count, ints, ahead, per_round, draft_tokens, window, dr
     full = cut = draft_cut = 0.0
     for i in range(count):
         slot = running[i]
-        chunk = ints[slot, _CHUNK]
+        chunk = ints[slot, CHUNK]
         if chunk == 0:
-            held = ints[slot, _COMPUTED] + per_round * (ints[slot, _ROUNDS] + ahead)
+            held = ints[slot, COMPUTED] + per_round * (ints[slot, _ROUNDS] + ahead)
             keys += held + queries
             near += _cut(held + queries, window)
             first_keys += held + queries + 1
             first_near += _cut(held + queries + 1, draft_window)
             held += per_round
         else:
-            start = float(ints[slot, _COMPUTED])
+            start = float(ints[slot, COMPUTED])
             whole, windowed = pairs(start, float(chunk), float(window))
             full += whole
             cut += windowed
@@ -227,7 +234,7 @@ def _new_blocks(running, count, ints, ahead, per_round, reserve, block):  # type
     needed = 0
     for i in range(count):
         slot = running[i]
-        held = ints[slot, _COMPUTED] + per_round * (ints[slot, _ROUNDS] + ahead)
+        held = ints[slot, COMPUTED] + per_round * (ints[slot, _ROUNDS] + ahead)
         needed += max(_blocks(held + reserve, block) - ints[slot, _BLOCKS], 0)
     return needed
 
@@ -238,7 +245,7 @@ def _linear_rounds(running, count, ints, per_round, draft_tokens, window):  # ty
     rounds = 1 << 40
     for i in range(count):
         slot = running[i]
-        held = ints[slot, _COMPUTED] + per_round * ints[slot, _ROUNDS]
+        held = ints[slot, COMPUTED] + per_round * ints[slot, _ROUNDS]
         if held + 1.0 >= window:
             continue
         longest = held + per_round + draft_tokens + 2.0
@@ -262,7 +269,7 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
     patience : give up once a request has waited this long for admission [s]
     done : as of `continuous_batching.advance`; totals : changed in place
     """
-    arrival, inputs, outputs, cached = requests
+    arrival, inputs, _, cached = requests
     max_batch, step_tokens, free, block, window = config
     draft_tokens, per_round, draft_window = drafting
     queries = draft_tokens + 1
@@ -280,9 +287,7 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
         if starting and n_preempted == 0:
             if head >= n:
                 return n_done, SERVED
-            if arrival[head] > totals[NOW]:
-                totals[IDLE] += arrival[head] - totals[NOW]
-                totals[NOW] = arrival[head]
+            idle_until(arrival[head], totals)
         if head < n and totals[NOW] - arrival[head] > patience:
             return n_done, ABANDONED
         # --- schedule: running requests first
@@ -294,12 +299,12 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
             if ints[slot, _LEFT] > 0:
                 chunk = 0
                 tokens = queries
-                held = ints[slot, _COMPUTED] + per_round * ints[slot, _ROUNDS]
+                held = ints[slot, COMPUTED] + per_round * ints[slot, _ROUNDS]
                 wanted = _blocks(held + reserve, block)
             else:
-                known = ints[slot, _INPUT] + ints[slot, _GENERATED]
-                chunk = tokens = min(known - ints[slot, _COMPUTED], budget)
-                wanted = _blocks(ints[slot, _COMPUTED] + chunk + draft_tokens, block)
+                known = ints[slot, INPUT] + ints[slot, GENERATED]
+                chunk = tokens = min(known - ints[slot, COMPUTED], budget)
+                wanted = _blocks(ints[slot, COMPUTED] + chunk + draft_tokens, block)
             needed = max(wanted - ints[slot, _BLOCKS], 0)
             while needed > free and i < count:  # the last admitted gives way
                 count -= 1
@@ -307,9 +312,9 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
                 free += ints[victim, _BLOCKS]
                 ints[victim, _BLOCKS] = 0
                 if ints[victim, _LEFT] > 0:
-                    made = ints[victim, _GENERATED] + per_round * ints[victim, _ROUNDS]
-                    whole_tokens = min(int(made + _TINY), ints[victim, _OUTPUT] - 1)
-                    ints[victim, _GENERATED] = whole_tokens
+                    made = ints[victim, GENERATED] + per_round * ints[victim, _ROUNDS]
+                    whole_tokens = min(int(made + _TINY), ints[victim, OUTPUT] - 1)
+                    ints[victim, GENERATED] = whole_tokens
                     ints[victim, _LEFT] = 0
                 preempted[n_preempted] = victim
                 n_preempted += 1
@@ -319,15 +324,15 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
                 break
             free -= needed
             ints[slot, _BLOCKS] += needed
-            ints[slot, _CHUNK] = chunk
+            ints[slot, CHUNK] = chunk
             budget -= tokens
             i += 1
         # --- then waiting ones
         while not any_preempted and budget > 0 and count < max_batch:
             if n_preempted > 0:
                 slot = preempted[n_preempted - 1]
-                known = ints[slot, _INPUT] + ints[slot, _GENERATED]
-                computed = ints[slot, _CACHED]
+                known = ints[slot, INPUT] + ints[slot, GENERATED]
+                computed = ints[slot, CACHED]
             elif head < n and arrival[head] <= totals[NOW]:
                 slot = -1
                 known = inputs[head]
@@ -344,18 +349,12 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
             else:
                 n_unused -= 1
                 slot = unused[n_unused]
-                ints[slot, _ID] = head
-                ints[slot, _INPUT] = known
-                ints[slot, _OUTPUT] = outputs[head]
-                ints[slot, _CACHED] = computed
-                ints[slot, _GENERATED] = 0
-                floats[slot, _ARRIVAL] = arrival[head]
-                floats[slot, _JOULES] = 0.0
+                occupy(slot, requests, head, head, ints, floats)
                 head += 1
             free -= wanted
             budget -= chunk
-            ints[slot, _COMPUTED] = computed
-            ints[slot, _CHUNK] = chunk
+            ints[slot, COMPUTED] = computed
+            ints[slot, CHUNK] = chunk
             ints[slot, _LEFT] = 0
             ints[slot, _BLOCKS] = wanted
             running[count] = slot
@@ -372,7 +371,7 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
                 k = min(k, ints[slot, _LEFT])
             else:
                 prompts += 1
-                prompt_tokens += ints[slot, _CHUNK]
+                prompt_tokens += ints[slot, CHUNK]
         work = (decoding, prompts, prompt_tokens)
         shape = (per_round, draft_tokens, window, draft_window)
         check, first_att, further = _statistics(running, count, ints, 0, *shape)
@@ -441,41 +440,35 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
         kept = 0
         for i in range(count):
             slot = running[i]
-            chunk = ints[slot, _CHUNK]
+            chunk = ints[slot, CHUNK]
             ended = False
             if ints[slot, _LEFT] > 0:
                 middle_round = ints[slot, _ROUNDS] + 0.5 * (k - 1)
-                keys = ints[slot, _COMPUTED] + per_round * middle_round + queries
-                floats[slot, _JOULES] += each + per_key * keys
+                keys = ints[slot, COMPUTED] + per_round * middle_round + queries
+                floats[slot, JOULES] += each + per_key * keys
                 ints[slot, _ROUNDS] += k
                 ints[slot, _LEFT] -= k
-                held = ints[slot, _COMPUTED] + per_round * (ints[slot, _ROUNDS] - 1)
+                held = ints[slot, COMPUTED] + per_round * (ints[slot, _ROUNDS] - 1)
                 wanted = max(_blocks(held + reserve, block), ints[slot, _BLOCKS])
                 free -= wanted - ints[slot, _BLOCKS]
                 ints[slot, _BLOCKS] = wanted
                 ended = ints[slot, _LEFT] == 0
             else:
-                whole, _ = pairs(float(ints[slot, _COMPUTED]), float(chunk), float(window))
-                floats[slot, _JOULES] += first[PREFILL] / prompt_tokens * chunk
-                floats[slot, _JOULES] += first[PREFILL_ATTENTION] / max(check[2], 1.0) * whole
-                ints[slot, _COMPUTED] += chunk
-                if ints[slot, _COMPUTED] == ints[slot, _INPUT] + ints[slot, _GENERATED]:
-                    ints[slot, _GENERATED] += 1
-                    if ints[slot, _GENERATED] == 1:
-                        floats[slot, _FIRST] = totals[NOW]
-                    left = ints[slot, _OUTPUT] - ints[slot, _GENERATED]
-                    ints[slot, _CHUNK] = 0
+                whole, _ = pairs(float(ints[slot, COMPUTED]), float(chunk), float(window))
+                floats[slot, JOULES] += first[PREFILL] / prompt_tokens * chunk
+                floats[slot, JOULES] += first[PREFILL_ATTENTION] / max(check[2], 1.0) * whole
+                ints[slot, COMPUTED] += chunk
+                if ints[slot, COMPUTED] == ints[slot, INPUT] + ints[slot, GENERATED]:
+                    ints[slot, GENERATED] += 1
+                    if ints[slot, GENERATED] == 1:
+                        floats[slot, FIRST] = totals[NOW]
+                    left = ints[slot, OUTPUT] - ints[slot, GENERATED]
+                    ints[slot, CHUNK] = 0
                     ints[slot, _ROUNDS] = 0
                     ints[slot, _LEFT] = int(np.ceil(left / per_round - _TINY))
                     ended = left == 0
             if ended:
-                done.ids[n_done, 0] = ints[slot, _ID]
-                done.ids[n_done, 1] = ints[slot, _INPUT]
-                done.ids[n_done, 2] = ints[slot, _OUTPUT]
-                done.times[n_done, 0] = floats[slot, _ARRIVAL]
-                done.times[n_done, 1] = floats[slot, _FIRST]
-                done.times[n_done, 2] = totals[NOW]
-                done.times[n_done, 3] = floats[slot, _JOULES]
+                note_done(done, n_done, slot, totals[NOW], floats[slot, JOULES], ints, floats)
                 n_done += 1
                 free += ints[slot, _BLOCKS]
                 unused[n_unused] = slot

@@ -230,6 +230,25 @@ def add_to_slices(start, seconds, prefill, decode, slices, slice_seconds):  # ty
 
 
 @compiled
+def between(first, last, share):  # type: ignore[no-untyped-def]
+    """Cost of a step of decodes between two of the same kind, neither under the power limit."""
+    return (
+        first[0] + (last[0] - first[0]) * share,
+        first[1] + (last[1] - first[1]) * share,
+        first[2],
+        first[3],
+        first[4] + (last[4] - first[4]) * share,
+        first[5] + (last[5] - first[5]) * share,
+        first[6],
+        first[7],
+        first[8],
+        first[9],
+        first[10],
+        first[11],
+    )
+
+
+@compiled
 def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # type: ignore[no-untyped-def]
     """Add k steps whose costs run linearly from `first` to `last`."""
     rows = first[TOKEN_ROW], first[ROW_ROW]

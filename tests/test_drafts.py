@@ -11,18 +11,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_simulator import as_arrays, simulate_with_drafts
+from reference_simulator import simulate_with_drafts
+from served_triples import (
+    assert_same_run,
+    assert_served_alike,
+    assert_shares_out_the_active_energy,
+    cached_tokens,
+    ordered,
+    requests,
+    serve,
+)
 from shapes import calibration, gpu, tiny
 from typer.testing import CliRunner
 
 from energymodel.accounting import DRAFT_PREFIX
 from energymodel.cli import app
-from energymodel.costs import CostTables, cost_tables, kv_blocks
+from energymodel.costs import CostTables, kv_blocks
 from energymodel.deployment import deploy
 from energymodel.errors import ConfigurationError
 from energymodel.operators import kv_bytes_per_token, weight_bytes
 from energymodel.results import Prediction
-from energymodel.simulator import Simulation, simulate
+from energymodel.simulator import Simulation
 from energymodel.specs import Draft, ModelSpec, ServingConfig
 from energymodel.traces import Requests
 from energymodel.workload import predict
@@ -65,46 +74,18 @@ def run(
     cap: float = 1e6,
     cached: list[int] | None = None,
 ) -> tuple[Simulation, CostTables]:
-    costs = cost_tables(model or tiny(), serving, gpu(), fitted(power_cap_watts=cap))
-    if blocks is not None:
-        batch, tokens, _, size, window = costs.config
-        costs = replace(costs, config=(batch, tokens, blocks, size, window))
-    arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
-    result = simulate(
-        arrivals.astype(float),
-        inputs,
-        outputs,
-        costs,
-        jump=jump,
-        cached_tokens=None if cached is None else np.array(cached),
-    )
-    assert result is not None
-    return result, costs
+    made = fitted(power_cap_watts=cap)
+    return serve(triples, model or tiny(), serving, made, blocks=blocks, jump=jump, cached=cached)
 
 
-# no arrival may fall on the very end of a round, see test_simulator
-rows = st.lists(
-    st.tuples(
-        st.integers(0, 20_000).map(lambda i: i * 1.000314159e-5),
-        st.integers(1, 200),
-        st.integers(1, 60),
-    ),
-    min_size=1,
-    max_size=8,
-)
 acceptances = st.sampled_from([0.0, 0.3, 0.7, 0.85, 1.0])
-
-
-def ordered(triples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-    triples = sorted(triples, key=lambda t: t[0])
-    return [(a - triples[0][0], i, o) for a, i, o in triples]
 
 
 @pytest.mark.parametrize("stack", ["vllm", "vllm-eager"])
 @pytest.mark.parametrize("shape", ["dense", "experts", "window"])
 @settings(max_examples=12)
 @given(
-    triples=rows,
+    triples=requests,
     tokens=st.integers(1, 5),
     acceptance=acceptances,
     spare=st.integers(0, 8),
@@ -122,7 +103,7 @@ def test_equals_the_plain_simulator(
     model = {"dense": tiny(), "experts": tiny(experts=8), "window": tiny(window=50)}[shape]
     serving = serving_with(tokens, acceptance, stack=stack)
     triples = ordered(triples)
-    cached = [int(share * (i - 1)) for share, (_, i, _) in zip(shares, triples, strict=False)]
+    cached = cached_tokens(shares, triples)
     blocks = max(-(-(i + o + 2 * tokens) // 16) for _, i, o in triples) + spare
     result, _ = run(triples, serving, model=model, blocks=blocks, cached=cached)
     arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
@@ -137,18 +118,11 @@ def test_equals_the_plain_simulator(
         blocks=blocks,
         cached=cached,
     )
-    first, finish = as_arrays(expected, len(triples))
-    assert result.totals["steps"] == expected.steps
-    assert result.totals["preemptions"] == expected.preemptions
-    np.testing.assert_allclose(result.first_token_seconds, first, rtol=1e-9)
-    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-9)
-    np.testing.assert_allclose(result.totals["idle_seconds"], expected.idle_seconds, atol=1e-9)
-    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
-    np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+    assert_served_alike(result, expected)
 
 
 @settings(max_examples=20)
-@given(triples=rows, tokens=st.integers(1, 5), acceptance=acceptances)
+@given(triples=requests, tokens=st.integers(1, 5), acceptance=acceptances)
 def test_jumping_changes_nothing(
     triples: list[tuple[float, int, int]], tokens: int, acceptance: float
 ) -> None:
@@ -156,21 +130,16 @@ def test_jumping_changes_nothing(
     model = tiny(window=50)
     fast, _ = run(triples, serving, model=model)
     slow, _ = run(triples, serving, model=model, jump=False)
-    np.testing.assert_allclose(fast.finish_seconds, slow.finish_seconds, rtol=1e-9)
-    np.testing.assert_allclose(fast.request_joules, slow.request_joules, rtol=1e-4)
-    for name, value in slow.totals.items():
-        assert fast.totals[name] == pytest.approx(value, rel=1e-9, abs=1e-9)
+    assert_same_run(fast, slow)
 
 
 @settings(max_examples=20)
-@given(triples=rows, tokens=st.integers(1, 5), acceptance=acceptances)
+@given(triples=requests, tokens=st.integers(1, 5), acceptance=acceptances)
 def test_requests_share_out_the_active_energy(
     triples: list[tuple[float, int, int]], tokens: int, acceptance: float
 ) -> None:
     result, _ = run(ordered(triples), serving_with(tokens, acceptance), model=tiny(experts=8))
-    active = result.totals["prefill_joules"] + result.totals["decode_joules"]
-    assert result.request_joules.sum() == pytest.approx(active, rel=1e-9)
-    assert (result.request_joules > 0).all()
+    assert_shares_out_the_active_energy(result)
 
 
 @given(outputs=st.integers(1, 60), tokens=st.integers(1, 5), acceptance=acceptances)

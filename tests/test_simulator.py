@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_simulator import as_arrays
 from reference_simulator import simulate as simulate_plainly
+from served_triples import (
+    assert_same_run,
+    assert_served_alike,
+    assert_shares_out_the_active_energy,
+    cached_tokens,
+    ordered,
+    requests,
+    serve,
+)
 from shapes import calibration, gpu, tiny
 
 from energymodel.costs import CostTables, cost_tables, operator_totals
@@ -19,16 +27,6 @@ from energymodel.simulator import PassCounts, Simulation, simulate
 from energymodel.specs import ModelSpec, ServingConfig
 
 SMALL = ServingConfig(max_batch=4, max_step_tokens=64, graph_batch_sizes=(1, 2, 4, 8, 16))
-
-lengths = st.integers(1, 200)
-# no arrival may fall on the very end of a step (multiples of 1e-5 s here): the order would be that
-# of rounding errors, which jumps and single steps make in different places
-arrival_seconds = st.integers(0, 20_000).map(lambda i: i * 1.000314159e-5)
-requests = st.lists(
-    st.tuples(arrival_seconds, lengths, st.integers(1, 60)),
-    min_size=1,
-    max_size=8,
-)
 
 
 def run(
@@ -41,32 +39,13 @@ def run(
     cap: float = 1e6,
     cached: list[int] | None = None,
 ) -> tuple[Simulation, CostTables]:
-    costs = cost_tables(model, serving, gpu(), calibration(power_cap_watts=cap))
-    if blocks is not None:
-        batch, tokens, _, size, window = costs.config
-        costs = replace(costs, config=(batch, tokens, blocks, size, window))
-    arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
-    result = simulate(
-        arrivals.astype(float),
-        inputs,
-        outputs,
-        costs,
-        jump=jump,
-        cached_tokens=None if cached is None else np.array(cached),
-    )
-    assert result is not None
-    return result, costs
+    fitted = calibration(power_cap_watts=cap)
+    return serve(triples, model, serving, fitted, blocks=blocks, jump=jump, cached=cached)
 
 
 def counted(result: Simulation, kind: int = 0) -> dict[str, Any]:
     """Arguments of `operator_totals`."""
     return {f.name: getattr(result.passes[kind], f.name) for f in fields(PassCounts)}
-
-
-def ordered(triples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-    triples = sorted(triples, key=lambda t: t[0])
-    start = triples[0][0]
-    return [(a - start, i, o) for a, i, o in triples]
 
 
 @pytest.mark.parametrize("stack", ["vllm", "vllm-eager"])
@@ -98,14 +77,7 @@ def test_equals_the_plain_simulator(
         calibration=calibration(),
         blocks=blocks,
     )
-    first, finish = as_arrays(expected, len(triples))
-    assert result.totals["steps"] == expected.steps
-    assert result.totals["preemptions"] == expected.preemptions
-    np.testing.assert_allclose(result.first_token_seconds, first, rtol=1e-9)
-    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-9)
-    np.testing.assert_allclose(result.totals["idle_seconds"], expected.idle_seconds, atol=1e-9)
-    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
-    np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+    assert_served_alike(result, expected)
 
 
 @pytest.mark.parametrize(("budget", "batch"), [(4, 4), (5, 4), (64, 1), (7, 6)])
@@ -117,7 +89,7 @@ def test_equals_the_plain_simulator_where_it_is_tight(
     """Few tokens a step, few blocks, and prompts that are partly in the prefix cache."""
     serving = replace(SMALL, max_step_tokens=budget, max_batch=batch)
     triples = ordered(triples)
-    cached = [int(share * (i - 1)) for share, (_, i, _) in zip(shares, triples, strict=False)]
+    cached = cached_tokens(shares, triples)
     blocks = max(-(-(i + o) // 16) for _, i, o in triples) + spare
     model = tiny(window=50)
     result, _ = run(model, triples, serving, blocks=blocks, cached=cached)
@@ -133,13 +105,7 @@ def test_equals_the_plain_simulator_where_it_is_tight(
         blocks=blocks,
         cached=cached,
     )
-    first, finish = as_arrays(expected, len(triples))
-    assert result.totals["steps"] == expected.steps
-    assert result.totals["preemptions"] == expected.preemptions
-    np.testing.assert_allclose(result.first_token_seconds, first, rtol=1e-9)
-    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-9)
-    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
-    np.testing.assert_allclose(joules, expected.joules, rtol=1e-9)
+    assert_served_alike(result, expected)
 
 
 @given(triples=requests)
@@ -175,18 +141,13 @@ def test_jumping_changes_nothing(triples: list[tuple[float, int, int]]) -> None:
     triples = ordered(triples)
     fast, _ = run(tiny(window=50), triples)
     slow, _ = run(tiny(window=50), triples, jump=False)
-    np.testing.assert_allclose(fast.finish_seconds, slow.finish_seconds, rtol=1e-9)
-    np.testing.assert_allclose(fast.request_joules, slow.request_joules, rtol=1e-4)
-    for name, value in slow.totals.items():
-        assert fast.totals[name] == pytest.approx(value, rel=1e-9, abs=1e-9)
+    assert_same_run(fast, slow)
 
 
 @given(triples=requests)
 def test_requests_share_out_the_active_energy(triples: list[tuple[float, int, int]]) -> None:
     result, _ = run(tiny(experts=8), ordered(triples))
-    active = result.totals["prefill_joules"] + result.totals["decode_joules"]
-    assert result.request_joules.sum() == pytest.approx(active, rel=1e-9)
-    assert (result.request_joules > 0).all()
+    assert_shares_out_the_active_energy(result)
 
 
 @given(triples=requests, window=st.sampled_from([0, 50]))
@@ -308,11 +269,7 @@ def test_under_the_power_limit_equals_the_plain_simulator(
         gpu=gpu(),
         calibration=calibration(power_cap_watts=cap),
     )
-    _, finish = as_arrays(expected, len(triples))
-    assert result.totals["steps"] == expected.steps
-    np.testing.assert_allclose(result.finish_seconds, finish, rtol=1e-7)
-    joules = result.totals["prefill_joules"] + result.totals["decode_joules"]
-    np.testing.assert_allclose(joules, expected.joules, rtol=1e-7)
+    assert_served_alike(result, expected, rtol=1e-7)
 
 
 def test_static_batches_run_to_the_longest_output() -> None:
