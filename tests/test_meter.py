@@ -13,6 +13,7 @@ import pytest
 from fake_nvml import FakeNvml
 
 from calibration.metering import meter as meter_module
+from calibration.metering import nvml as nvml_module
 from calibration.metering.meter import MeterError, NvmlMeter, ReplayMeter, Window
 from calibration.metering.windows import read_jsonl, window_from_json, window_to_json
 
@@ -95,7 +96,7 @@ def test_no_gpu_index_and_no_binding_are_refused(monkeypatch: pytest.MonkeyPatch
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(meter_module.importlib, "import_module", missing)
+    monkeypatch.setattr(nvml_module.importlib, "import_module", missing)
     with pytest.raises(MeterError, match="pip install"):
         NvmlMeter()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibration.metering.meter import MeterError, _load_nvml, _remedy
+from calibration.metering.nvml import load_nvml, remedy
+from calibration.metering.windows import MeterError
 from energymodel.doctor import Board, Boards
 
 
@@ -17,14 +18,14 @@ def find_boards(nvml: Any = None) -> Boards:
         The `pynvml` module, or a fake of it.
     """
     try:
-        nvml = _load_nvml() if nvml is None else nvml
+        nvml = load_nvml() if nvml is None else nvml
     except MeterError as error:
         return Boards(driver=None, boards=(), problem=str(error))
     try:
         nvml.nvmlInit()
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     except nvml.NVMLError as error:
-        return Boards(driver=None, boards=(), problem=f"no GPU: {error}; {_remedy(error)}")
+        return Boards(driver=None, boards=(), problem=f"no GPU: {error}; {remedy(error)}")
 
     def ask(function: str, *arguments: Any) -> Any:
         try:

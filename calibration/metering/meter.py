@@ -13,8 +13,6 @@ A window is valid or says why it is not. Hardware faults raise `MeterError`.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import itertools
 import math
 import os
@@ -24,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from calibration.metering.nvml import NvmlGpus
 from calibration.metering.samples import (
     DISTURBING,
-    REASONS,
     Sample,
     faults,
     integral,
@@ -63,7 +61,6 @@ _SAMPLE_SECONDS = 0.02
 _TICK_TIMEOUT_SECONDS = 2.0
 _LARGEST_CLOCK_STEP_SECONDS = 0.5
 _POWER_CAP_SHARE = 0.2
-_MEMORY_SCOPE = 2  # NVML_POWER_SCOPE_MEMORY
 
 
 @dataclass(slots=True)
@@ -126,30 +123,20 @@ class NvmlMeter:
         own_processes: int = 1,
         measure_running: bool = False,
     ) -> None:
-        if not gpu_indices:
-            raise MeterError("no GPU index given; pass at least one, e.g. --gpu 0")
-        self._nvml = _load_nvml() if nvml is None else nvml
-        self.gpu_indices = tuple(gpu_indices)
-        try:
-            self._nvml.nvmlInit()
-            count = self._nvml.nvmlDeviceGetCount()
-            for index in self.gpu_indices:
-                if not 0 <= index < count:
-                    raise MeterError(f"there is no GPU {index}; NVML sees {count} GPU(s)")
-            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in self.gpu_indices]
-        except self._nvml.NVMLError as error:
-            raise MeterError(f"cannot open the GPU: {error}; {_remedy(error)}") from error
-        self._refuse_shared_gpus()
+        self._gpus = NvmlGpus(gpu_indices, nvml)
+        self.gpu_indices = self._gpus.indices
         self.energy_method: Literal["counter", "polled"] = (
-            "counter" if all(self._counter(h) is not None for h in self._handles) else "polled"
+            "counter" if all(map(self._gpus.has_counter, self._gpus.handles)) else "polled"
         )
-        if self.energy_method == "polled" and any(self._watts(h) is None for h in self._handles):
+        if self.energy_method == "polled" and any(
+            self._gpus.watts(h) is None for h in self._gpus.handles
+        ):
             raise MeterError(
                 "this GPU reports neither an energy counter nor its power; it cannot be metered"
             )
-        self._processes = _Processes(self._process_ids(), own_processes)
+        self._processes = _Processes(self._gpus.process_ids(), own_processes)
         if measure_running:
-            self._processes.ours |= self._process_ids()
+            self._processes.ours |= self._gpus.process_ids()
         self._tick_seconds: float | None = None
         self._last_edge_seconds = 0.0
         self._open: _Open | None = None
@@ -158,48 +145,23 @@ class NvmlMeter:
 
     def identity(self) -> dict[str, Any]:
         """Driver, CUDA, and of each GPU its name, hashed UUID, limits and settings."""
-        nvml = self._nvml
+        found = self._gpus.identity()
+        gpus = found.pop("gpus")
         return {
-            "driver_version": _text(self._ask("nvmlSystemGetDriverVersion")),
-            "cuda_driver_version": self._ask("nvmlSystemGetCudaDriverVersion_v2"),
-            "nvml_version": _text(self._ask("nvmlSystemGetNVMLVersion")),
+            **found,
             "energy_method": self.energy_method,
             "tick_seconds": self.tick_seconds,
             "other_processes": self.other_processes(),
-            "gpus": [
-                {
-                    "index": index,
-                    "name": _text(self._ask("nvmlDeviceGetName", handle)),
-                    "uuid_sha256": _hashed(self._ask("nvmlDeviceGetUUID", handle)),
-                    "vbios": _text(self._ask("nvmlDeviceGetVbiosVersion", handle)),
-                    "board_part_number": _text(self._ask("nvmlDeviceGetBoardPartNumber", handle)),
-                    "ecc": _first(self._ask("nvmlDeviceGetEccMode", handle)),
-                    "mig": _first(self._ask("nvmlDeviceGetMigMode", handle)),
-                    "persistence": self._ask("nvmlDeviceGetPersistenceMode", handle),
-                    "power_limit_watts": _scaled(
-                        self._ask("nvmlDeviceGetEnforcedPowerLimit", handle), 1e-3
-                    ),
-                    "default_power_limit_watts": _scaled(
-                        self._ask("nvmlDeviceGetPowerManagementDefaultLimit", handle), 1e-3
-                    ),
-                    "max_sm_clock_hz": _scaled(
-                        self._ask("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM), 1e6
-                    ),
-                    "max_memory_clock_hz": _scaled(
-                        self._ask("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_MEM), 1e6
-                    ),
-                }
-                for index, handle in zip(self.gpu_indices, self._handles, strict=True)
-            ],
+            "gpus": gpus,
         }
 
     def other_processes(self) -> int:
         """Processes on these GPUs that are not ours."""
-        return self._processes.others(self._process_ids())
+        return self._processes.others(self._gpus.process_ids())
 
     def uuids(self) -> tuple[str, ...]:
         """UUIDs as NVML prints them, to find the same GPUs in CUDA; never stored."""
-        return tuple(str(_text(self._ask("nvmlDeviceGetUUID", h))) for h in self._handles)
+        return self._gpus.uuids()
 
     @property
     def tick_seconds(self) -> float | None:
@@ -222,18 +184,18 @@ class NvmlMeter:
         """
         if self.energy_method == "polled":
             return self._read()
-        seen_seconds, seen = time.monotonic(), self._counter_strict(self._handles[0])
+        seen_seconds, seen = time.monotonic(), self._gpus.counter_joules(self._gpus.handles[0])
         deadline = seen_seconds + _TICK_TIMEOUT_SECONDS
         while True:
             if keep_busy is None:
                 time.sleep(1e-4)
             else:
                 keep_busy()
-            value = self._counter_strict(self._handles[0])
+            value = self._gpus.counter_joules(self._gpus.handles[0])
             now = time.monotonic()
             if value != seen:
                 self._last_edge_seconds = now - seen_seconds
-                others = [self._counter_strict(h) for h in self._handles[1:]]
+                others = [self._gpus.counter_joules(h) for h in self._gpus.handles[1:]]
                 return Reading(time_seconds=now, energy_joules=(value, *others))
             seen_seconds = now
             if now > deadline:
@@ -252,7 +214,7 @@ class NvmlMeter:
         """
         if self._open is not None:
             raise MeterError(f"window '{self._open.name}' is still open; end it first")
-        states = self._states()
+        states = self._gpus.states()
         samples: list[Sample] = []
         stop = threading.Event()
         thread = threading.Thread(target=self._sample, args=(samples, stop), daemon=True)
@@ -324,7 +286,7 @@ class NvmlMeter:
         else:
             energy = tuple(
                 integral([(s.time_seconds, s.watts[g]) for s in samples], duration)
-                for g in range(len(self._handles))
+                for g in range(len(self._gpus.handles))
             )
         shares = reason_shares(samples)
         others = self.other_processes()
@@ -358,161 +320,25 @@ class NvmlMeter:
             throttle_shares=shares,
             power_capped=shares.get("sw_power_cap", 0.0) > _POWER_CAP_SHARE,
             states_before=opened.states,
-            states_after=self._states(),
+            states_after=self._gpus.states(),
             other_processes=others,
             notes=tuple(notes),
             valid=not reasons,
             invalid_reason="; ".join(reasons),
         )
 
-    # -- NVML ----------------------------------------------------------------------
-
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        """Value of an NVML call, None where the GPU, driver or binding lacks it."""
-        call = getattr(self._nvml, function, None)
-        if call is None:
-            return None
-        try:
-            return call(*arguments)
-        except self._nvml.NVMLError:
-            return None
-
-    def _counter(self, handle: Any) -> float | None:
-        return _scaled(self._ask("nvmlDeviceGetTotalEnergyConsumption", handle), 1e-3)
-
-    def _counter_strict(self, handle: Any) -> float:
-        try:
-            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * 1e-3
-        except self._nvml.NVMLError as error:
-            raise MeterError(
-                f"the energy counter cannot be read any more: {error}; {_remedy(error)}"
-            ) from error
+    def _sample(self, samples: list[Sample], stop: threading.Event) -> None:
+        while not stop.is_set():
+            clock_hz = self._gpus.sm_clock_hz(self._gpus.handles[0])
+            reasons = 0
+            for handle in self._gpus.handles:
+                reasons |= self._gpus.reasons(handle)
+            watts = [self._gpus.watts(h) for h in self._gpus.handles]
+            samples.append(Sample(time.monotonic(), watts, clock_hz, reasons))
+            stop.wait(_SAMPLE_SECONDS)
 
     def _read(self) -> Reading:
         if self.energy_method == "polled":
             return Reading(time_seconds=time.monotonic(), energy_joules=())
-        values = tuple(self._counter_strict(h) for h in self._handles)
+        values = tuple(self._gpus.counter_joules(h) for h in self._gpus.handles)
         return Reading(time_seconds=time.monotonic(), energy_joules=values)
-
-    def _field(self, handle: Any, name: str, scope: int | None = None) -> float | None:
-        """Unsigned value of an NVML field, None where this GPU lacks it."""
-        number = getattr(self._nvml, name, None)
-        if number is None:
-            return None
-        wanted = number if scope is None else (number, scope)
-        values = self._ask("nvmlDeviceGetFieldValues", handle, [wanted])
-        if values is None or values[0].nvmlReturn != 0:
-            return None
-        return float(values[0].value.uiVal)
-
-    def _watts(self, handle: Any) -> float | None:
-        milliwatts = self._field(handle, "NVML_FI_DEV_POWER_INSTANT")
-        if milliwatts is None:
-            milliwatts = self._ask("nvmlDeviceGetPowerUsage", handle)
-        return _scaled(milliwatts, 1e-3)
-
-    def _reasons(self, handle: Any) -> int:
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
-        if reasons is None:
-            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-        return int(reasons or 0)
-
-    def _states(self) -> tuple[GpuState, ...]:
-        nvml = self._nvml
-        states = []
-        for handle in self._handles:
-            reasons = self._reasons(handle)
-            states.append(
-                GpuState(
-                    sm_clock_hz=_scaled(
-                        self._ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM), 1e6
-                    ),
-                    memory_clock_hz=_scaled(
-                        self._ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM), 1e6
-                    ),
-                    power_limit_watts=_scaled(
-                        self._ask("nvmlDeviceGetEnforcedPowerLimit", handle), 1e-3
-                    ),
-                    instant_power_watts=self._watts(handle),
-                    memory_power_watts=_scaled(
-                        self._field(handle, "NVML_FI_DEV_POWER_AVERAGE", _MEMORY_SCOPE), 1e-3
-                    ),
-                    temperature_celsius=_scaled(
-                        self._ask("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
-                        1.0,
-                    ),
-                    memory_temperature_celsius=self._field(handle, "NVML_FI_DEV_MEMORY_TEMP"),
-                    throttle_reasons=tuple(name for bit, name in REASONS.items() if reasons & bit),
-                )
-            )
-        return tuple(states)
-
-    def _sample(self, samples: list[Sample], stop: threading.Event) -> None:
-        while not stop.is_set():
-            clock = self._ask("nvmlDeviceGetClockInfo", self._handles[0], self._nvml.NVML_CLOCK_SM)
-            reasons = 0
-            for handle in self._handles:
-                reasons |= self._reasons(handle)
-            watts = [self._watts(h) for h in self._handles]
-            samples.append(Sample(time.monotonic(), watts, _scaled(clock, 1e6), reasons))
-            stop.wait(_SAMPLE_SECONDS)
-
-    def _process_ids(self) -> frozenset[int]:
-        found: set[int] = set()
-        for handle in self._handles:
-            running = self._ask("nvmlDeviceGetComputeRunningProcesses", handle)
-            found |= {process.pid for process in running or ()}
-        return frozenset(found)
-
-    def _refuse_shared_gpus(self) -> None:
-        virtual = getattr(self._nvml, "NVML_GPU_VIRTUALIZATION_MODE_VGPU", 2)
-        for index, handle in zip(self.gpu_indices, self._handles, strict=True):
-            if _first(self._ask("nvmlDeviceGetMigMode", handle)):
-                raise MeterError(
-                    f"GPU {index} is split by MIG: its counter covers all slices; "
-                    "measure on a GPU without MIG"
-                )
-            if self._ask("nvmlDeviceGetVirtualizationMode", handle) == virtual:
-                raise MeterError(
-                    f"GPU {index} is a virtual GPU: its power is not its own; "
-                    "measure on a whole GPU (bare metal or passthrough)"
-                )
-
-
-def _load_nvml() -> Any:
-    try:
-        return importlib.import_module("pynvml")
-    except ImportError as error:
-        raise MeterError(
-            "the NVML binding is missing; install it with: pip install 'energymodel[calibrate]'"
-        ) from error
-
-
-def _remedy(error: Exception) -> str:
-    kind = type(error).__name__
-    return {
-        "NVMLError_LibraryNotFound": "no NVIDIA driver is installed; use a machine with a GPU",
-        "NVMLError_DriverNotLoaded": "load the NVIDIA driver (see nvidia-smi)",
-        "NVMLError_NoPermission": "this user may not use the GPU; ask for access to /dev/nvidia*",
-        "NVMLError_LibRmVersionMismatch": "driver and library differ; reboot or reload the driver",
-        "NVMLError_GpuIsLost": "the GPU fell off the bus; reset it or reboot",
-    }.get(kind, "check that nvidia-smi works")
-
-
-def _scaled(value: Any, factor: float) -> float | None:
-    return None if value is None else float(value) * factor
-
-
-def _text(value: Any) -> str | None:
-    if value is None:
-        return None
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _first(value: Any) -> Any:
-    return None if value is None else value[0]
-
-
-def _hashed(value: Any) -> str | None:
-    text = _text(value)
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
