@@ -13,7 +13,7 @@ import typer
 from calibration.calibrate_cli import calibrate
 from calibration.fit_cli import fit
 from calibration.measure_cli import measure
-from energymodel import __version__
+from energymodel import __version__, options
 from energymodel.errors import ConfigurationError
 from energymodel.plan_cli import plan
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MAX_BATCH, DEFAULT_MODEL, DEFAULT_STACK
@@ -88,9 +88,7 @@ def _main(
 
 @app.command()
 def predict(
-    trace: Annotated[
-        str, typer.Option(help="Trace file, `-` for stdin, or a built-in workload's name.")
-    ],
+    trace: options.Trace,
     gpu: Annotated[str, typer.Option(help="GPU name, alias or data file.")],
     model: Annotated[
         str, typer.Option(help="Bundled name, config.json, a folder with one, or a cached hub id.")
@@ -139,7 +137,7 @@ def predict(
         float | None, typer.Option(help="Probability that a drafted token is accepted.")
     ] = None,
     binning: Annotated[str, typer.Option(help="exact, or paper for its ceiling bins.")] = "exact",
-    pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
+    pue: options.Pue = 1.0,
     grid: Annotated[
         str | None, typer.Option(help="Country, or carbon intensity in gCO2e/kWh.")
     ] = None,
@@ -149,24 +147,17 @@ def predict(
     format: Annotated[
         PredictionFormat, typer.Option(help="How to print; csv and parquet hold the bins.")
     ] = PredictionFormat.table,
-    output: Annotated[
-        Path | None, typer.Option(help="Write there instead of to the terminal.")
-    ] = None,
+    output: options.Output = None,
     seed: Annotated[int, typer.Option(help="Seed of drawn workloads and Poisson arrivals.")] = 0,
-    trace_format: Annotated[
-        str | None,
-        typer.Option(help="Force the trace's format.", show_default="from its columns"),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse traces with bad rows.")] = False,
+    trace_format: options.TraceFormat = None,
+    strict: options.Strict = False,
     calibration: Annotated[
         str | None, typer.Option(help="Calibration file in place of the GPU's own.")
     ] = None,
     emissions: Annotated[
         Path | None, typer.Option(help="Also append a row to this emissions.csv (CodeCarbon's).")
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write a web page with charts to this .html file.")
-    ] = None,
+    report: options.WebPage = None,
 ) -> None:
     """Predict the energy of serving a request trace.
 
@@ -237,15 +228,10 @@ def trace_describe(
     format: Annotated[
         OutputFormat, typer.Option(help="How to print; csv holds the bins.")
     ] = OutputFormat.table,
-    output: Annotated[
-        Path | None, typer.Option(help="Write there instead of to the terminal.")
-    ] = None,
-    trace_format: Annotated[
-        str | None,
-        typer.Option(help="Force the trace's format.", show_default="from its columns"),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse traces with bad rows.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
+    output: options.Output = None,
+    trace_format: options.TraceFormat = None,
+    strict: options.Strict = False,
+    seed: options.DrawnSeed = 0,
 ) -> None:
     """Show a trace's statistics, bins and histograms."""
     with user_errors():
@@ -293,9 +279,7 @@ def doctor(
 @app.command()
 def schema(
     name: Annotated[str, typer.Argument(help="result, calibration or gpu.")],
-    output: Annotated[
-        Path | None, typer.Option(help="Write there instead of to the terminal.")
-    ] = None,
+    output: options.Output = None,
 ) -> None:
     """Print the JSON schema of a file format."""
     with user_errors():
@@ -355,9 +339,7 @@ def reproduce(
     format: Annotated[
         FindingsFormat, typer.Option(help="How to print; markdown is the whole page.")
     ] = FindingsFormat.table,
-    output: Annotated[
-        Path | None, typer.Option(help="Write there instead of to the terminal.")
-    ] = None,
+    output: options.Output = None,
     figure: Annotated[
         Path | None, typer.Option(help="Also draw the findings into this .png, .svg or .pdf.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from energymodel import options
 from energymodel.errors import ConfigurationError
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL
 from energymodel.sweep_cli import load_workload, one_of, progress, share_or_trace, values_of
@@ -30,10 +31,10 @@ def plan(
     model: Annotated[
         str, typer.Option(help="Model, or one for each trace, separated by commas.")
     ] = DEFAULT_MODEL,
-    ttft: Annotated[float | None, typer.Option(help="Most time to first token [s].")] = None,
-    tpot: Annotated[float | None, typer.Option(help="Most time per output token [s].")] = None,
-    percentile: Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")] = "p99",
-    objective: Annotated[str, typer.Option(help="energy, cost or carbon.")] = "energy",
+    ttft: options.TtftTarget = None,
+    tpot: options.TpotTarget = None,
+    percentile: options.TargetPercentile = "p99",
+    objective: options.Objective = "energy",
     margin: Annotated[
         float, typer.Option(help="Share of each pool's replicas that may be down.")
     ] = 0.0,
@@ -51,11 +52,9 @@ def plan(
     prefix_hit: Annotated[
         str, typer.Option(help="Share of prompt tokens in the prefix cache; trace = by block ids.")
     ] = "0",
-    pue: Annotated[float, typer.Option(help="Power usage effectiveness of the site.")] = 1.0,
+    pue: options.Pue = 1.0,
     grid: Annotated[str | None, typer.Option(help="Grid, or its gCO2/kWh.")] = None,
-    price: Annotated[
-        str | None, typer.Option(help="Prices, GPU=USD per hour.  [default: list prices]")
-    ] = None,
+    price: options.Prices = None,
     scale_every: Annotated[
         float | None, typer.Option(help="Also change replicas this often [s], e.g. 3600.")
     ] = None,
@@ -67,21 +66,15 @@ def plan(
         Path | None,
         typer.Option(help="Write there; searches are kept beside it until all is done."),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write a web page with charts to this .html file.")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="loky (processes), threading, sequential or dask.")
-    ] = "loky",
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
-    jobs: Annotated[int, typer.Option(help="Workers.  [default: one per core]")] = -1,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest context served.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
+    report: options.WebPage = None,
+    backend: options.Backend = "loky",
+    scheduler: options.Scheduler = None,
+    jobs: options.Jobs = -1,
+    max_model_len: options.LongestContext = None,
+    seed: options.DrawnSeed = 0,
     trace_format: Annotated[str | None, typer.Option(help="Force the traces' format.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
-    calibration: Annotated[
-        str | None, typer.Option(help="Calibration file in place of the GPUs' own.")
-    ] = None,
+    calibration: options.GpusCalibration = None,
 ) -> None:
     """Find the fleet of least energy, cost or carbon that serves traces within latency targets."""
     with user_errors():

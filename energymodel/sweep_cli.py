@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from energymodel import options
 from energymodel.errors import ConfigurationError
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL, DEFAULT_STACK
 from energymodel.terminal import (
@@ -40,9 +41,7 @@ class SweepFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
 
 
 def whatif(
-    trace: Annotated[
-        str, typer.Option(help="Trace file, `-` for stdin, or a built-in workload's name.")
-    ],
+    trace: options.Trace,
     gpu: Annotated[str, typer.Option(help="GPUs, separated by commas, as all lists below.")],
     model: Annotated[str, typer.Option(help="Models.")] = DEFAULT_MODEL,
     stack: Annotated[str, typer.Option(help="Stacks.")] = DEFAULT_STACK,
@@ -71,10 +70,10 @@ def whatif(
     ] = "0",
     pue: Annotated[str, typer.Option(help="Power usage effectiveness of the site.")] = "1",
     grid: Annotated[str | None, typer.Option(help="Grids, or their gCO2/kWh.")] = None,
-    objective: Annotated[str, typer.Option(help="energy, cost or carbon.")] = "energy",
-    ttft: Annotated[float | None, typer.Option(help="Most time to first token [s].")] = None,
-    tpot: Annotated[float | None, typer.Option(help="Most time per output token [s].")] = None,
-    percentile: Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")] = "p99",
+    objective: options.Objective = "energy",
+    ttft: options.TtftTarget = None,
+    tpot: options.TpotTarget = None,
+    percentile: options.TargetPercentile = "p99",
     mode: Annotated[
         str, typer.Option(help="binned (estimate, then confirm the best) or exact (simulate all).")
     ] = "binned",
@@ -83,31 +82,22 @@ def whatif(
         str | None,
         typer.Option(help="Two points' numbers, e.g. 1,4: why one takes less than the other."),
     ] = None,
-    price: Annotated[
-        str | None, typer.Option(help="Prices, GPU=USD per hour.  [default: list prices]")
-    ] = None,
+    price: options.Prices = None,
     top: Annotated[int, typer.Option(help="Points shown in the table.")] = 15,
     format: Annotated[SweepFormat, typer.Option(help="How to print.")] = SweepFormat.table,
     output: Annotated[
         Path | None,
         typer.Option(help="Write there; points are kept beside it until all are done."),
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Also write a web page with charts to this .html file."),
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="loky (processes), threading, sequential or dask.")
-    ] = "loky",
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
-    jobs: Annotated[int, typer.Option(help="Workers.  [default: one per core]")] = -1,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest context served.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of drawn workloads.")] = 0,
+    report: options.WebPage = None,
+    backend: options.Backend = "loky",
+    scheduler: options.Scheduler = None,
+    jobs: options.Jobs = -1,
+    max_model_len: options.LongestContext = None,
+    seed: options.DrawnSeed = 0,
     trace_format: Annotated[str | None, typer.Option(help="Force the trace's format.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse traces with bad rows.")] = False,
-    calibration: Annotated[
-        str | None, typer.Option(help="Calibration file in place of the GPUs' own.")
-    ] = None,
+    calibration: options.GpusCalibration = None,
 ) -> None:
     """Compare many settings for a trace: the best, the Pareto front, and why."""
     with user_errors():
