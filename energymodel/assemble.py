@@ -156,6 +156,7 @@ def _inputs(
         "max_batch": serving.max_batch,
         "max_step_tokens": serving.max_step_tokens,
         "max_model_len": deployment.max_model_len,
+        "gpu_memory_utilization": serving.gpu_memory_utilization,
         "dtype": serving.weight_dtype,
         "kv_dtype": serving.kv_dtype,
         "decoding": serving.decoding if serving.beams == 1 else f"beam:{serving.beams}",

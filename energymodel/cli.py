@@ -120,6 +120,13 @@ def predict(
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest context served.", show_default="the model's")
     ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a GPU's memory for weights and KV cache (vLLM 0.22: 0.92).",
+            show_default="0.9",
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Weights: bf16, fp16, fp8, int8, int4, mxfp4, fp32.")
     ] = DEFAULT_DTYPE,
@@ -190,6 +197,7 @@ def predict(
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
             dtype=dtype,
             kv_dtype=kv_dtype,
             decoding=decoding,

@@ -197,7 +197,7 @@ def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
 
 def _kv_room_bytes(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> float:
     """Memory of one GPU beside weights, activations and the engine; negative if there is none."""
-    usable = serving.memory_fraction * gpu.hbm_bytes - _RESERVED_BYTES
+    usable = serving.gpu_memory_utilization * gpu.hbm_bytes - _RESERVED_BYTES
     return usable - _activation_bytes(model, serving) - _weight_bytes(model, serving)
 
 

@@ -12,6 +12,7 @@ from energymodel.models import load_model
 from energymodel.operators import compute_dtype
 from energymodel.specs import (
     DEFAULT_DTYPE,
+    DEFAULT_GPU_MEMORY_UTILIZATION,
     DEFAULT_MAX_BATCH,
     DEFAULT_MODEL,
     DEFAULT_STACK,
@@ -78,6 +79,7 @@ def deploy(
     max_batch: int = DEFAULT_MAX_BATCH,
     max_step_tokens: int | None = None,
     max_model_len: int | None = None,
+    gpu_memory_utilization: float | None = None,
     dtype: str = DEFAULT_DTYPE,
     kv_dtype: str | None = None,
     decoding: str = "greedy",
@@ -108,6 +110,9 @@ def deploy(
     if max_step_tokens is None:
         max_step_tokens = _default_step_tokens(gpu_spec)
     _check_limits(max_batch, max_step_tokens, max_model_len)
+    if gpu_memory_utilization is None:
+        gpu_memory_utilization = DEFAULT_GPU_MEMORY_UTILIZATION
+    check_memory(gpu_memory_utilization)
     strategy, beams = _decoding(decoding, stack)
     draft = _draft(draft_model, draft_tokens, acceptance, model_spec, stack, tensor_parallel)
     serving = ServingConfig(
@@ -119,6 +124,7 @@ def deploy(
         max_batch=max_batch,
         max_step_tokens=max_step_tokens,
         max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
         decoding=strategy,
         beams=beams,
     )
@@ -335,6 +341,15 @@ def _splits(model: ModelSpec, parts: int) -> bool:
         if attention.kind == "gqa" and kv_heads % parts and parts % kv_heads:
             return False
     return True
+
+
+def check_memory(utilization: float) -> None:
+    """Refuse what is no share of a GPU's memory, with ConfigurationError."""
+    if not 0.0 < utilization <= 1.0:  # true for NaN as well
+        raise ConfigurationError(
+            f"--gpu-memory-utilization {utilization:g} is no share of the GPU's memory; it is "
+            "above 0 and at most 1"
+        )
 
 
 def _check_limits(max_batch: int, max_step_tokens: int, max_model_len: int | None) -> None:

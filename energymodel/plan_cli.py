@@ -45,6 +45,13 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Dtypes to try, separated by commas.")] = DEFAULT_DTYPE,
     tensor_parallel: Annotated[str, typer.Option(help="Splits to try.")] = "1,2",
     max_batch: Annotated[str, typer.Option(help="Batch limits to try.")] = "64,256",
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a GPU's memory for weights and KV cache (vLLM 0.22: 0.92).",
+            show_default="0.9",
+        ),
+    ] = None,
     power_limit: Annotated[
         str | None, typer.Option(help="Board power limits to try [W].  [default: the GPU's own]")
     ] = None,
@@ -112,6 +119,8 @@ def plan(
             "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace)[:1],
             "pue": [pue],
         }
+        if gpu_memory_utilization is not None:
+            axes["gpu_memory_utilization"] = [gpu_memory_utilization]
         if power_limit is not None:
             axes["power_limit_watts"] = values_of("power-limit", power_limit, float)
         if grid is not None:

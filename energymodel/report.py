@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from energymodel.results import BinEnergy, Percentiles, Prediction, Speculation
-from energymodel.specs import STATIC_STACKS
+from energymodel.specs import DEFAULT_GPU_MEMORY_UTILIZATION, STATIC_STACKS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -270,6 +270,8 @@ def setup_text(p: Prediction) -> str:
             parts.append(f"{key.replace('_', ' ')} {i[key]}")
     parts.append(i["stack"])
     parts.append(f"batch up to {i['max_batch']}")
+    if i["gpu_memory_utilization"] != DEFAULT_GPU_MEMORY_UTILIZATION:
+        parts.append(f"{i['gpu_memory_utilization']:.4g} of the GPU's memory")
     if i["decoding"] != "greedy":
         parts.append(f"{i['decoding']} decoding")
     if p.speculation is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from energymodel.deployment import STACKS
+from energymodel.deployment import STACKS, check_memory
 from energymodel.errors import ConfigurationError, unknown_name
 from energymodel.gpus import load_gpu
 from energymodel.grids import load_grid_intensity
@@ -40,6 +40,7 @@ class Setting:
     """GPU of those replicas; None = `gpu`, as of those that decode."""
     max_batch: int = DEFAULT_MAX_BATCH
     max_step_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
     power_limit_watts: float | None = None
     """Board power limit; None = the calibration's."""
     arrival_scale: float = 1.0
@@ -59,6 +60,7 @@ SHORT_NAMES: Mapping[str, str] = {
     "pipeline_parallel": "PP",
     "max_batch": "batch",
     "max_step_tokens": "step tokens",
+    "gpu_memory_utilization": "memory",
     "power_limit_watts": "limit W",
     "arrival_scale": "load x",
     "kv_dtype": "KV",
@@ -105,16 +107,20 @@ def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 
 def check_names(settings: Sequence[Setting]) -> None:
-    """Refuse unknown names before a sweep starts; the error lists the known ones.
+    """Refuse unknown names before a sweep starts, and shares of memory that are none.
 
     Raises
     ------
     EnergyModelError
-        If a GPU, model, stack, dtype or grid is unknown.
+        If a GPU, model, stack, dtype or grid is unknown, which lists the known ones, or a share of
+        memory is not above 0 and at most 1.
     """
     for gpu in dict.fromkeys(gpu for s in settings for gpu in (s.gpu, s.prefill_gpu)):
         if gpu is not None:
             load_gpu(gpu)
+    for setting in settings:
+        if setting.gpu_memory_utilization is not None:
+            check_memory(setting.gpu_memory_utilization)
     for model in dict.fromkeys(setting.model for setting in settings):
         load_model(model)
     for grid in dict.fromkeys(setting.grid for setting in settings):

@@ -19,6 +19,7 @@ STATIC_STACKS: tuple[Stack, ...] = ("transformers", "transformers-compile")
 DEFAULT_MODEL = "llama-3.1-8b"
 DEFAULT_STACK: Stack = "vllm"
 DEFAULT_DTYPE = "bf16"
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 DEFAULT_MAX_BATCH = 256
 """What is served, and how, where nothing else is asked for."""
 
@@ -183,8 +184,8 @@ class ServingConfig:
     """Token budget of a step (vLLM `max_num_batched_tokens`)."""
     max_model_len: int | None = None
     """Longest context served; None = the model's own."""
-    memory_fraction: float = 0.9
-    """Share of device memory the engine may use (vLLM `gpu_memory_utilization`)."""
+    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION
+    """Share of a GPU's memory that the engine may use [-]; vLLM 0.22's own default is 0.92."""
     block_tokens: int = 16
     """Tokens per KV block."""
     graph_batch_sizes: tuple[int, ...] = field(

@@ -197,6 +197,7 @@ def _deployment(key: Setting, max_model_len: int | None, calibration: str | None
         max_batch=key.max_batch,
         max_step_tokens=key.max_step_tokens,
         max_model_len=max_model_len,
+        gpu_memory_utilization=key.gpu_memory_utilization,
         dtype=key.dtype,
         kv_dtype=key.kv_dtype,
         calibration=fitted,

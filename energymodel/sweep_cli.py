@@ -60,6 +60,13 @@ def whatif(
     max_step_tokens: Annotated[
         str | None, typer.Option(help="Tokens a step.  [default: as vLLM]")
     ] = None,
+    gpu_memory_utilization: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of a GPU's memory for weights and KV cache (vLLM 0.22: 0.92).",
+            show_default="0.9",
+        ),
+    ] = None,
     power_limit: Annotated[
         str | None, typer.Option(help="Board power limits [W].  [default: the GPU's own]")
     ] = None,
@@ -141,6 +148,7 @@ def whatif(
             ("kv_dtype", kv_dtype, str),
             ("prefill_gpu", prefill_gpu, str),
             ("max_step_tokens", max_step_tokens, int),
+            ("gpu_memory_utilization", gpu_memory_utilization, float),
             ("power_limit_watts", power_limit, float),
             ("grid", grid, str),
         ):

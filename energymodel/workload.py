@@ -60,6 +60,7 @@ def predict(
     max_batch: int = DEFAULT_MAX_BATCH,
     max_step_tokens: int | None = None,
     max_model_len: int | None = None,
+    gpu_memory_utilization: float | None = None,
     dtype: str = DEFAULT_DTYPE,
     kv_dtype: str | None = None,
     decoding: str = "greedy",
@@ -106,6 +107,9 @@ def predict(
         Tokens a step (vLLM `max_num_batched_tokens`); vLLM's default for the GPU if not given.
     max_model_len : int, optional
         Longest context served [tokens]; the model's own if not given.
+    gpu_memory_utilization : float, optional
+        Share of a GPU's memory for weights and KV cache [-], above 0 to 1 (vLLM's option of that
+        name); 0.9 if not given, where vLLM 0.22 takes 0.92.
     dtype : str
         Stored dtype of the weights: bf16, fp16, fp32, fp8, int8, int4 or mxfp4.
     kv_dtype : str, optional
@@ -168,6 +172,7 @@ def predict(
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
             dtype=dtype,
             kv_dtype=kv_dtype,
             decoding=decoding,

@@ -385,6 +385,26 @@ def run_plan(*options: str):
     return CliRunner().invoke(app, ["plan", "--backend", "sequential", *options])
 
 
+def test_a_share_of_memory_reaches_the_pools_and_nonsense_is_refused() -> None:
+    options = (
+        "--trace",
+        "azure_conv",
+        "--stock",
+        "h100=2",
+        "--max-batch",
+        "64",
+        "--format",
+        "json",
+    )
+    found = run_plan(*options, "--tensor-parallel", "1", "--gpu-memory-utilization", "0.8")
+    assert found.exit_code == 0, found.output
+    (pool,) = json.loads(found.stdout)["pools"]
+    assert pool["setting"]["gpu_memory_utilization"] == 0.8
+    refused = run_plan(*options, "--gpu-memory-utilization", "0")
+    assert refused.exit_code == 2
+    assert "--gpu-memory-utilization 0 " in refused.output
+
+
 def test_the_command_prints_a_plan_and_writes_json() -> None:
     options = ("--trace", "azure_conv,azure_code", "--stock", "h100=8,a100=16", "--ttft", "1")
     options += ("--tpot", "0.05", "--max-batch", "256", "--tensor-parallel", "1")

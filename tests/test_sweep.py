@@ -201,6 +201,7 @@ def test_settings_that_make_no_sense_become_points_with_the_reason(conv: Workloa
         (Setting(gpu="h100", power_limit_watts=10.0), "power-limit"),
         (Setting(gpu="h100", power_limit_watts=9999.0), "power-limit"),
         (Setting(gpu="h100", replicas=0), "replicas"),
+        (Setting(gpu="h100", gpu_memory_utilization=1.5), "gpu-memory-utilization"),
         (Setting(gpu="nonsuch"), "nonsuch"),
         (Setting(gpu="h100", pue=0.5), "pue"),
         (Setting(gpu="h100", tensor_parallel=3), "tensor-parallel"),
@@ -406,6 +407,7 @@ def test_the_command_writes_for_programs(form: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--gpu", "a100,"), "empty value"),
+        (("--gpu", "a100", "--gpu-memory-utilization", "0.9,1.5"), "at most 1"),
         (("--gpu", "a100", "--max-batch", "1,x"), "no number"),
         (("--gpu", "a100", "--mode", "fast"), "unknown mode"),
         (("--gpu", "a100,nonsuch"), "nonsuch"),

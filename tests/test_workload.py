@@ -23,6 +23,7 @@ from energymodel.errors import (
     ProfileError,
     TraceError,
 )
+from energymodel.gpus import load_gpu
 from energymodel.naive import load_naive_rules
 from energymodel.results import Prediction
 from energymodel.settings import Setting
@@ -486,6 +487,9 @@ def test_the_result_is_plain_json_with_the_contracts_keys() -> None:
         ({"max_step_tokens": 100}, "below --max-batch 256"),
         ({"max_step_tokens": 10**12, "max_batch": 10**12}, "beyond any engine"),
         ({"max_model_len": 0}, "--max-model-len 0"),
+        ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization 0 .* above 0 and at most 1"),
+        ({"gpu_memory_utilization": 1.01}, "--gpu-memory-utilization 1.01"),
+        ({"gpu_memory_utilization": float("nan")}, "--gpu-memory-utilization nan"),
         (
             {"max_model_len": 12},
             "1 of 1 requests are longer than the 12 tokens.*10 input and 5 out",
@@ -548,6 +552,7 @@ numbers = st.one_of(st.integers(-3, 5000), st.integers(-(10**20), 10**20))
                 numbers,
             ),
             "pue": st.floats(),
+            "gpu_memory_utilization": st.floats(),
         },
     )
 )
@@ -604,6 +609,21 @@ def test_a_request_longer_than_the_kv_cache_is_refused() -> None:
     model = replace(tiny(), max_model_len=10**7)
     with pytest.raises(CapacityError, match=r"does not fit the KV cache of \d+ tokens"):
         run(trace((0.0, 5_000_000, 5)), gpu=small, model=model)
+
+
+def test_the_share_of_memory_that_an_engine_may_use_is_room_for_kv_cache() -> None:
+    def kv_bytes(share: float) -> float:
+        options = {"gpu": "h100", "model": "llama-3.1-8b", "gpu_memory_utilization": share}
+        return deploy(**options).kv_tokens * 2 * 32 * 8 * 128 * 2.0  # K, V, layers, heads, bf16
+
+    block = 16 * 2 * 32 * 8 * 128 * 2.0
+    more = kv_bytes(1.0) - kv_bytes(0.5)
+    assert more == pytest.approx(0.5 * load_gpu("h100").hbm_bytes, abs=block)
+    same = deploy(gpu="h100", model="llama-3.1-8b")
+    assert kv_bytes(0.9) / block == same.costs.config[2]
+    with pytest.raises(CapacityError, match="leaves no room for KV cache"):
+        kv_bytes(0.01)
+    assert run(BUSY, gpu_memory_utilization=0.8).inputs["gpu_memory_utilization"] == 0.8
 
 
 def test_a_gpu_without_calibration_is_refused_and_another_ones_is_marked() -> None:
