@@ -286,7 +286,7 @@ def doctor(
 
 @app.command()
 def schema(
-    name: Annotated[str, typer.Argument(help="result, calibration or gpu.")],
+    name: Annotated[str, typer.Argument(help="result, points, plan, calibration or gpu.")],
     output: options.Output = None,
 ) -> None:
     """Print the JSON schema of a file format."""

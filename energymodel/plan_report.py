@@ -14,6 +14,9 @@ from energymodel.plan_scaling import Scaling
 from energymodel.report import joules_text, range_text, seconds_text, three_digits
 from energymodel.sweep_report import print_whole
 
+SCHEMA_VERSION = 1
+"""Of the JSON; rises when a key changes its meaning or goes."""
+
 _WIDTH = 120  # columns where there is no terminal
 _MOST_PERIODS_SHOWN = 48
 
@@ -29,7 +32,7 @@ def as_json(plan: Plan, scaling: Scaling | None) -> str:
 def to_dict(plan: Plan, scaling: Scaling | None) -> dict[str, Any]:
     """Plain dicts, lists and numbers."""
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "feasible": plan.feasible,
         "infeasible": plan.infeasible or None,
         "objective": plan.objective,

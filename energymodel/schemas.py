@@ -18,9 +18,15 @@ from pydantic.json_schema import GenerateJsonSchema
 from energymodel.calibrations import SCHEMA_VERSION as CALIBRATION_VERSION
 from energymodel.calibrations import Calibration
 from energymodel.errors import ConfigurationError, unknown_name
+from energymodel.fleet_plan import Plan
+from energymodel.pareto import OBJECTIVES
+from energymodel.plan_report import SCHEMA_VERSION as PLAN_VERSION
+from energymodel.plan_scaling import Scaling
 from energymodel.results import SCHEMA_VERSION as RESULT_VERSION
 from energymodel.results import Prediction
 from energymodel.specs import GpuSpec
+from energymodel.sweep import Point
+from energymodel.sweep_report import SCHEMA_VERSION as POINTS_VERSION
 
 Schema = dict[str, Any]
 
@@ -72,11 +78,75 @@ def field_texts(cls: type) -> dict[str, str]:
     return texts
 
 
-def _from(cls: type) -> Schema:
+def _from(cls: Any) -> Schema:
     schema: Schema = TypeAdapter(cls).json_schema(
         mode="serialization", schema_generator=_FromDataclasses
     )
     return schema
+
+
+def _points() -> Schema:
+    """What `sweep_report.as_json` writes."""
+    both = {"first": {"type": "number"}, "second": {"type": "number"}}
+    comparison = {
+        "sentence": {"type": "string"},
+        "joules_per_request": {"type": "object", "additionalProperties": _closed(both)},
+    }
+    schema = _closed(
+        {
+            "schema_version": {"const": POINTS_VERSION},
+            "objective": {"enum": list(OBJECTIVES)},
+            "points": {"type": "array", "items": {"$ref": "#/$defs/Point"}},
+            "best": _numbers("Points within the targets, the best first, counted from 1."),
+            "front": _numbers("Points that no other beats in everything, counted from 1."),
+        }
+    )
+    schema["properties"]["comparison"] = _closed(comparison)  # only with --compare
+    return {"$defs": _definitions(list[Point]), **schema}
+
+
+def _plan() -> Schema:
+    """What `plan_report.to_dict` writes."""
+    definitions = _definitions(tuple[Plan, Scaling])
+    plan = definitions.pop("Plan")["properties"]
+    pool = {
+        "trace": {"type": "string"},
+        "share": {"type": "number", "description": "Of the trace's requests [-]."},
+        **definitions["Point"]["properties"],
+    }
+    plan["schema_version"] = {"const": PLAN_VERSION}
+    plan["feasible"] = {"type": "boolean"}
+    plan["objective"] = {"enum": list(OBJECTIVES)}
+    plan["infeasible"] = {
+        "type": ["string", "null"],
+        "description": "Why no plan exists; null if there is one.",
+    }
+    plan["pools"] = {"type": "array", "items": _closed(pool)}
+    plan["scaling"] = {"anyOf": [{"$ref": "#/$defs/Scaling"}, {"type": "null"}]}
+    del definitions["Point"], definitions["Pool"]
+    return {"$defs": definitions, **_closed(plan)}
+
+
+def _definitions(kind: Any) -> dict[str, Schema]:
+    """Schemas, by name, of the dataclasses that a type holds; all their fields are written."""
+    definitions: dict[str, Schema] = _from(kind)["$defs"]
+    for schema in definitions.values():
+        schema["required"] = list(schema["properties"])
+    return definitions
+
+
+def _closed(properties: Schema) -> Schema:
+    """An object that has these properties and no others."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _numbers(description: str) -> Schema:
+    return {"type": "array", "items": {"type": "integer"}, "description": description}
 
 
 def _result() -> Schema:
@@ -126,6 +196,8 @@ def _not_negative(schema: Any) -> None:
 
 _MAKERS: dict[str, Callable[[], Schema]] = {
     "result": _result,
+    "points": _points,
+    "plan": _plan,
     "calibration": _calibration,
     "gpu": _gpu,
 }

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+SCHEMA_VERSION = 1
+"""Of the JSON; rises when a key changes its meaning or goes."""
+
 _WIDTH = 140  # columns where there is no terminal
 
 
@@ -63,7 +66,7 @@ def as_json(
     """Everything: points in order of the grid, numbers of the best and of the front."""
     front = pareto_front(criteria(points))
     document: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "objective": objective,
         "points": [point.to_dict() for point in points],
         "best": [i + 1 for i in ranking(points, objective, targets)],

@@ -60,6 +60,45 @@ def test_results_are_valid(options: dict) -> None:
     assert faults("result", json.loads(json.dumps(result.to_dict()))) == []
 
 
+def written(*command: str) -> dict:
+    outcome = CliRunner().invoke(app, [*command, "--backend", "sequential", "--format", "json"])
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.stdout)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--replicas", "1,2", "--compare", "1,2", "--mode", "exact", "--grid", "france"),
+        ("--tensor-parallel", "1,3", "--gpu-memory-utilization", "0.8"),  # 3 is refused
+    ],
+)
+def test_points_are_valid(options: tuple[str, ...]) -> None:
+    found = written("whatif", "--trace", "azure_code", "--gpu", "h100", *options)
+    assert faults("points", found) == []
+    assert faults("points", found | {"schema_version": 0})
+    assert faults("points", found | {"objective": "time"})
+    found["points"][0]["setting"]["color"] = "red"
+    assert faults("points", found)
+
+
+@pytest.mark.parametrize(
+    ("options", "feasible"),
+    [
+        (("--stock", "h100=4", "--scale-every", "900"), True),
+        (("--stock", "h100=4,a100=0", "--ttft", "0.001"), False),
+    ],
+)
+def test_plans_are_valid(options: tuple[str, ...], feasible: bool) -> None:
+    sizes = ("--tensor-parallel", "1", "--max-batch", "64")
+    found = written("plan", "--trace", "azure_conv", *sizes, *options)
+    assert found["feasible"] is feasible
+    assert (found["scaling"] is not None) is feasible
+    assert faults("plan", found) == []
+    assert faults("plan", found | {"pools": [{"trace": "azure_conv"}]})
+    assert faults("plan", {key: value for key, value in found.items() if key != "value"})
+
+
 def test_what_the_reader_refuses_the_schema_refuses() -> None:
     good = document("calibration", list_calibrations()[0])
     for change in ({"unknown": 1}, {"base_watts": -1.0}, {"base_watts": "70"}, {"origin": "guess"}):
