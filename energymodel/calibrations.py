@@ -27,8 +27,9 @@ _MOST = 1e30  # no unit used here comes near it
 class KernelCalibration:
     """How kernels of one operator class use the GPU.
 
-    A call takes `call_seconds + splits x split_seconds + tiles x tile_seconds / SMs +
-    (t_compute**p + t_memory**p)**(1/p)`, p = `sharpness`, with
+    A call takes `call_seconds + hbm_latency_seconds + splits x split_seconds + block bytes x
+    block_seconds_per_byte + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)`,
+    p = `sharpness`, with
     t_compute = executed FLOPs / (peak x compute_efficiency x wave fill**wave_exponent) and
     t_memory = bytes / (bandwidth x memory_efficiency). Prefill attention has p = 1: the tables of
     the simulator add up its statistics.
@@ -49,6 +50,15 @@ class KernelCalibration:
     split_seconds: float = 0.0
     """Time of the second kernel that adds up parts, where too few tiles fill the GPU and the sums
     were split over more thread blocks [s], see `roofline.splits`."""
+    block_seconds_per_byte: float = 0.0
+    """Time of a byte that one thread block passes alone [s/B]: what a row takes in a kernel that
+    gives each row to one block."""
+    block_joules_per_byte: float = 0.0
+    """Energy of a byte that such kernels move beyond that of other kernels [J/B]: they load and
+    store element by element."""
+    hbm_latency_seconds: float = 0.0
+    """What a call whose data lie in device memory takes beyond one that finds them in the L2 [s],
+    until the first bytes are there."""
     eight_bit_efficiency: float = 1.0
     """Compute efficiency of 8-bit products relative to 16-bit ones [-]."""
     active_watts: float = 0.0

@@ -54,6 +54,9 @@ SOFTMAX_WIDTH = 64.0
 clock (CUDA C++ Programming Guide, arithmetic throughput) and 4,096 dense 16-bit FLOPs (H100
 whitepaper), so one is worth 256 FLOPs, the products over 64 elements. FlashAttention hides part
 of it, which the fitted efficiency takes up."""
+NORM_PASSES = {"rms_norm": 3.0, "add_rms_norm": 5.0}
+"""How often a norm's thread block reads or writes the elements of its row: once more than it moves,
+for the sum of squares (vLLM 0.22, `layernorm_kernels.cu`)."""
 TILE = 128
 """Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
 
@@ -83,6 +86,9 @@ class OperatorTable:
     activation_bytes: Array
     link_bytes: Array
     tiles: Array
+    block_bytes: Array
+    """What a thread block reads and writes for a row that it passes alone [B]; 0 where kernels
+    spread a row over blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +105,7 @@ class _Operator:
     activation_bytes: dict[str, float] | None = None
     link_bytes: dict[str, float] | None = None
     tiles: dict[str, float] | None = None
+    block_bytes: float = 0.0
 
 
 _CHOICES: Mapping[tuple[str, bool], tuple[str, float, int]] = {
@@ -228,7 +235,12 @@ def _cache_passes(spec: AttentionSpec, serving: ServingConfig) -> float:
 
 
 def _elementwise(
-    name: str, bytes_each: float, count: float, kernels: int, per: str = "tokens"
+    name: str,
+    bytes_each: float,
+    count: float,
+    kernels: int,
+    per: str = "tokens",
+    block_bytes: float = 0.0,
 ) -> _Operator:
     return _Operator(
         name=name,
@@ -236,6 +248,7 @@ def _elementwise(
         compute_dtype="bf16",
         calls=count * kernels,
         activation_bytes={per: bytes_each * count},
+        block_bytes=block_bytes,
     )
 
 
@@ -244,7 +257,8 @@ def _dense_mlp(
 ) -> Iterator[_Operator]:
     up = 2.0 * width if gated else width
     yield _gemm(f"{prefix}up_proj", up, hidden, count, dtype)
-    yield _elementwise("activation", (up + width) * _ACTIVATION_BYTES, count, kernels=1)
+    passed = (up + width) * _ACTIVATION_BYTES
+    yield _elementwise("activation", passed, count, kernels=1, block_bytes=passed)
     yield _gemm(f"{prefix}down_proj", hidden, width, count, dtype)
 
 
@@ -302,7 +316,9 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         yield from _feed_forward(model, group, serving)
         norms = 1 if model.parallel_block else 2
         # fused add and norm: reads input and residual, writes both
-        yield _elementwise("norm", norms * 4.0 * hidden * _ACTIVATION_BYTES, count, kernels=norms)
+        passed = 4.0 * hidden * _ACTIVATION_BYTES
+        row = NORM_PASSES["add_rms_norm"] * hidden * _ACTIVATION_BYTES
+        yield _elementwise("norm", norms * passed, count, kernels=norms, block_bytes=row)
         if tp > 1:
             yield _all_reduce(hidden, tp, count)
     yield _elementwise("embedding", 2.0 * hidden * _ACTIVATION_BYTES, 1.0, kernels=1)
@@ -357,7 +373,7 @@ def _unfused(op: _Operator) -> _Operator:
         return op
     traffic, kernels = _UNFUSED[op.name]
     passed = {stat: traffic * value for stat, value in op.activation_bytes.items()}
-    return replace(op, activation_bytes=passed, calls=kernels * op.calls)
+    return replace(op, activation_bytes=passed, calls=kernels * op.calls, block_bytes=0.0)
 
 
 def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
@@ -391,6 +407,7 @@ def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
         activation_bytes=coefficients("activation_bytes"),
         link_bytes=coefficients("link_bytes"),
         tiles=coefficients("tiles"),
+        block_bytes=np.array([g[0].block_bytes for g in groups]),
     )
 
 

@@ -2,12 +2,15 @@
 
 Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
-    t = call_seconds + splits x split_seconds + tiles x tile_seconds / SMs
+    t = call_seconds + hbm_latency_seconds + splits x split_seconds
+        + block bytes x block_seconds_per_byte + tiles x tile_seconds / SMs
         + (t_compute**p + t_memory**p)**(1/p)
 
-The second term is a second kernel that adds up the parts of sums that were split (`splits`), the
-third what an SM spends on each tile before and after its arithmetic; t_memory holds the bytes from
-device memory, from the L2 and over links.
+The second term counts where bytes come from device memory. The third is a second kernel that adds
+up the parts of sums that were split (`splits`), the fourth a row that one thread block passes alone
+(its bytes leave no faster than one SM takes them, however few rows there are), the fifth what an SM
+spends on each tile before and after its arithmetic; t_memory holds the bytes from device memory,
+from the L2 and over links.
 
 Energy of a step whose GPU time is t:
 
@@ -15,7 +18,8 @@ Energy of a step whose GPU time is t:
                              + e_onchip (A_o + H_o) + e_link K_o)
 
 with useful FLOPs F (rows of zeros that pad a tile switch no transistors) and with H twice: bytes
-from device memory cross the chip as those from the L2 do.
+from device memory cross the chip as those from the L2 do. Where one thread block passes a row,
+e_onchip is larger by `block_joules_per_byte`.
 
 When that average power exceeds the board's limit, the clock falls to a share x of its highest
 (`clock_under_cap`): compute-bound time grows as 1/x and core energy falls as x**a, because
@@ -49,6 +53,10 @@ _MMA_ROWS = 16
 multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take tiles of 16."""
 _LONG_SUM = 8192.0
 """Length of a GEMM's sums [elements] at which `split_seconds` is stated: a unit, no threshold."""
+_L2_FOR_WEIGHTS = 0.5
+"""Share of the L2 that an expert's weights may fill to stay there between blocks of rows; the rest
+holds activations, as `Calibration.onchip_share_of_l2` has it. Of the models measured, experts fill
+12 to 16 % of it, or 4.5 times all of it: no window depends on the number."""
 _SPLIT_BELOW = 0.8
 """Decode attention splits sequences while its thread blocks fill less of the SMs (FlashAttention,
 `num_splits_heuristic`)."""
@@ -108,6 +116,23 @@ def splits(
     return result
 
 
+def reread_bytes(
+    *, row_blocks: Array, distinct_experts: Array, matrix_bytes: Array, column_blocks: Array,
+    gpu: GpuSpec,
+) -> Array:  # fmt: skip
+    """Bytes of experts' up-projections that fused experts read from device memory again [B].
+
+    An untuned launch takes the column blocks of one block of rows after another. The next rows of
+    the same expert find its matrix in the L2 if it fits there; or share it while it is read, if the
+    SMs work at several blocks of rows at a time. Else they read it anew. All arguments broadcast;
+    `matrix_bytes` and `column_blocks` are of one expert.
+    """
+    again = (matrix_bytes > _L2_FOR_WEIGHTS * gpu.l2_bytes) & (column_blocks > gpu.sm_count)
+    more = np.maximum(row_blocks - distinct_experts, 0.0)
+    result: Array = np.where(again, more * matrix_bytes, 0.0)
+    return result
+
+
 def operator_costs(
     table: OperatorTable, stats: Array, gpu: GpuSpec, calibration: Calibration
 ) -> OperatorCosts:
@@ -164,6 +189,7 @@ def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str,
             is_decode_attention=np.array([c == "attention_decode" for c in table.op_class]),
             sm_count=gpu.sm_count,
         ),
+        "block_bytes": table.block_bytes,
         "calls": table.calls,
         "gemm_rows": gemm_rows,
         "gemm_columns": table.gemm_n,
@@ -182,6 +208,7 @@ def kernel_costs(
     link_bytes: Array,
     tiles: Array,
     splits: Array,
+    block_bytes: Array,
     calls: Array,
     gemm_rows: Array,
     gemm_columns: Array,
@@ -200,6 +227,7 @@ def kernel_costs(
     ----------
     flops : useful ones, which take energy; executed_flops : those that take time
     hbm_bytes, activation_bytes, link_bytes, tiles, splits : like the FLOPs, of all `calls` together
+    block_bytes : of a row that one thread block passes alone, of one call
     gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
     flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
     eight_bit : whether the kernel multiplies 8-bit numbers
@@ -229,16 +257,21 @@ def kernel_costs(
     together = longest * (from_compute + from_memory) ** (1.0 / sharpness)
     busy = (executed_flops + hbm + activation_bytes + link_bytes + tiles) > 0
     compute_share = from_compute / (from_compute + from_memory + 1e-300)
-    fixed = calls * (parameter("call_seconds") + gap_seconds) + splits * parameter("split_seconds")
+    latency = parameter("hbm_latency_seconds") * (hbm_bytes > 0)
+    latency = latency + block_bytes * parameter("block_seconds_per_byte")
+    fixed = calls * (parameter("call_seconds") + gap_seconds + latency)
+    fixed = fixed + splits * parameter("split_seconds")
     fixed = np.where(busy, fixed, 0.0)
     compute_seconds = np.where(busy, together * compute_share, 0.0) + tiling
     waiting = np.where(busy, together * (1.0 - compute_share), 0.0)
     active = parameter("active_watts")
+    by_block = parameter("block_joules_per_byte") * (block_bytes > 0)
+    onchip_joules_per_byte = calibration.joules_per_onchip_byte + by_block
     return OperatorCosts(
         memory_seconds=waiting + fixed,
         compute_seconds=compute_seconds,
         flop_joules=flops * joules_per_flop * parameter("flop_energy_factor"),
-        onchip_joules=(activation_bytes + hbm_bytes) * calibration.joules_per_onchip_byte,
+        onchip_joules=(activation_bytes + hbm_bytes) * onchip_joules_per_byte,
         active_memory_joules=active * waiting,
         active_compute_joules=active * compute_seconds,
         hbm_joules=hbm * calibration.joules_per_hbm_byte,

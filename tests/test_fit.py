@@ -60,6 +60,7 @@ def gemms(clock: float = 1.0) -> KernelRows:
         activation_bytes=2 * m * (n + k),
         link_bytes=zeros,
         tiles=m * n / 128**2,
+        block_bytes=zeros,
         calls=ones,
         gemm_rows=m,
         gemm_columns=n,

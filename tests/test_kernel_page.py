@@ -23,7 +23,13 @@ from calibration.validation.kernel_boards import (
     twice,
     without_offset,
 )
-from calibration.validation.kernel_errors import by_family, held_out, of_class, start_of
+from calibration.validation.kernel_errors import (
+    by_family,
+    held_out,
+    held_out_by_rows,
+    of_class,
+    start_of,
+)
 from calibration.validation.kernel_plots import figures
 from calibration.validation.rows import DATA
 from energymodel.errors import EnergyModelError
@@ -137,7 +143,7 @@ def test_the_command_writes_the_page_and_its_figures(windows: Path, tmp_path: Pa
 
 
 def test_experts_over_the_gemm_by_hand(windows: Path) -> None:
-    page = kernel_page.page(read_boards(windows), {})
+    page = kernel_page.page(read_boards(windows), {}, {})
     stated = row_of(page, "Fused expert kernel against dense GEMMs, batch 8")
     # 450 us / 100 us = 4.5; 600 W x 450 us / (500 W x 100 us) = 5.4; 64 (1 - 0.875^8) experts of 8
     assert stated[1:] == ["+63.0", "+350.0", "+440.0", "5.25"]
@@ -163,7 +169,7 @@ def test_a_skewed_batch_stands_beside_the_same_gemm() -> None:
 
 
 def test_a_graph_against_eager_by_hand(windows: Path) -> None:
-    row = row_of(kernel_page.page(read_boards(windows), {}), "H100, llama-3.2-1b")
+    row = row_of(kernel_page.page(read_boards(windows), {}, {}), "H100, llama-3.2-1b")
     assert row[1:4] == ["1", "2.00", "10.00 to 12.00"]
     assert row[4] == "-81.8"  # 2 ms over the median of 10 and 12 ms
     assert row[5:8] == ["0.600", "1.500 to 1.800", "-63.6"]
@@ -171,7 +177,7 @@ def test_a_graph_against_eager_by_hand(windows: Path) -> None:
 
 
 def test_rates_and_links_by_hand(windows: Path) -> None:
-    page = kernel_page.page(read_boards(windows), {})
+    page = kernel_page.page(read_boards(windows), {}, {})
     read = row_of(page, "H100, read hbm")
     # 2^30 B in 400 us: 2684 GB/s of 3350; 400 W over it: 149.0 pJ/B, 280 W: 104.3
     assert read[2:] == ["2684 GB/s", "80", "1980", "400", "149.01", "104.31"]
@@ -208,11 +214,11 @@ def test_a_board_is_not_another_one(windows: Path) -> None:
     other = windows / "h100-card-y.jsonl"
     other.write_text(other.read_text().replace('"bb"', '"aa"'))
     assert list(repeats(read_boards(windows))) == []
-    assert "No case was measured on two boards" in kernel_page.page(read_boards(windows), {})
+    assert "No case was measured on two boards" in kernel_page.page(read_boards(windows), {}, {})
 
 
 def test_misses_are_listed_once_with_their_cause(windows: Path) -> None:
-    page = kernel_page.page(read_boards(windows), {})
+    page = kernel_page.page(read_boards(windows), {}, {})
     boards = "(h100-card-x, h100-card-y)"
     gemm = row_of(page, f"gemm.bf16.llama-3.1-8b.gate_up.m8192 {boards}")
     assert gemm[1:4] == ["1/1", "-2.0", "+1.0"]
@@ -238,11 +244,33 @@ def test_held_out_errors_of_a_slice_of_the_windows(tmp_path: Path) -> None:
     sizes = [abs(np.median(h.errors()["joules"])) for h in by_family(exact).values()]
     assert sum(len(h.rows) for h in by_family(exact).values()) == len(found.rows)
     assert sizes == pytest.approx([0.01] * len(sizes))
-    page = kernel_page.page([], {"h100": exact})
+    page = kernel_page.page([], {"h100": exact}, {"h100": exact})
     row = row_of(page, "H100, GEMM")
     assert row[2] == str(len(gemms))
     assert (row[3], row[7], row[11], row[-1]) == ("10.0", "10.0", "1.0", "missed")
+    assert row_of(page, "H100, memory-bound, by rows")[2] == str(len(gemms))
     assert set(figures([], {"h100": exact})) == {"img/kernels-errors.png"}
+
+
+def test_memory_bound_windows_are_held_out_by_rows() -> None:
+    measured = read_measurements([DATA / "kernels" / "h100-card-h.jsonl.gz"])
+    kept = ("elementwise", "idle", "base")
+    some = tuple(r for r in measured.records if r["kind"] != "case" or r["op_class"] in kept)
+    found = held_out_by_rows(replace(measured, records=some), start_of("h100"))
+    cases = {n: f for n, f in zip(found.rows.name, found.rows.family, strict=True)}
+    assert cases["elementwise.rms_norm.t8"] == "8 rows"
+    assert cases["elementwise.silu_and_mul.t8192"] == "8192 rows"
+    assert np.isfinite(found.seconds).all() and np.isfinite(found.watts).all()
+    # what a fold leaves out does not move its prediction
+    slower = [
+        {**r, "iteration_seconds": 3 * r["iteration_seconds"]}
+        if r["kind"] == "case" and r["case"].endswith(".t8")
+        else r
+        for r in some
+    ]
+    again = held_out_by_rows(replace(measured, records=tuple(slower)), start_of("h100"))
+    eight = np.array([f == "8 rows" for f in found.rows.family])
+    assert again.seconds[eight] == pytest.approx(found.seconds[eight], rel=1e-6)
 
 
 def test_what_was_not_measured_is_left_out(windows: Path, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from calibration.fitting.machine_fit import window_folds
 from calibration.fitting.measurements import read_measurements
 from calibration.validation.rows import DATA
 from energymodel.calibrations import load_calibration
@@ -275,3 +277,14 @@ def test_a_gpu_of_the_user_s_own_starts_from_one_like_it(tmp_path: Path) -> None
         ],
     )
     assert predicted.exit_code == 0, predicted.output
+
+
+def test_folds_hold_whole_families_and_one_of_a_small_class() -> None:
+    families = [*(f"gemm {i}" for i in range(19)), *("moe a", "moe b", "moe c"), "gemm 3", "moe a"]
+    classes = [name.split()[0] for name in families]
+    fold = window_folds(classes, families)
+    assert len({*zip(families, fold.tolist(), strict=True)}) == 22  # a family has one fold
+    of_moe = {f: number for f, number in zip(families, fold.tolist(), strict=True) if f[0] == "m"}
+    assert len(set(of_moe.values())) == 3
+    sizes = np.bincount(fold[:19])
+    assert sizes.max() - sizes.min() <= 1

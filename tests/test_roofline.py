@@ -15,6 +15,7 @@ from energymodel.roofline import (
     clock_under_cap,
     kernel_costs,
     operator_costs,
+    reread_bytes,
     splits,
     step_seconds_and_joules,
     wave_fill,
@@ -32,6 +33,7 @@ def costs_of(kernel: object, eight_bit: bool = False, **work: float) -> Operator
         "link_bytes": 0.0,
         "tiles": 0.0,
         "splits": 0.0,
+        "block_bytes": 0.0,
         "calls": 1.0,
         "gemm_rows": 0.0,
         "gemm_columns": 0.0,
@@ -219,3 +221,47 @@ def test_sequences_and_rows_are_tiles_of_attention() -> None:
     # two layers of 2 KV heads and 4 query heads
     assert tiles[names.index("attention_decode")] == 8 * 2 * 2
     assert tiles[names.index("attention_prefill")] == 2 * 4 * 2
+
+
+def test_a_row_passes_at_the_rate_of_one_thread_block() -> None:
+    kernel = ideal_kernel(block_seconds_per_byte=2e-11, call_seconds=1e-6)
+    # 86 kB of a row: 1.72 us a call, whether 8 or 16 rows pass side by side
+    by_block = {"block_bytes": 86e3, "calls": 2.0}
+    few = seconds_of(kernel, activation_bytes=8 * 86e3, **by_block)
+    more = seconds_of(kernel, activation_bytes=16 * 86e3, **by_block)
+    bytes_alone = 8 * 86e3 / (3e12 * calibration().onchip_speedup)
+    assert few == pytest.approx(2 * 2.72e-6 + bytes_alone)
+    assert more - few == pytest.approx(bytes_alone)
+
+
+def test_the_first_bytes_of_device_memory_come_later() -> None:
+    kernel = ideal_kernel(hbm_latency_seconds=5e-7)
+    assert seconds_of(kernel, hbm_bytes=3e6, calls=3.0) == pytest.approx(1e-6 + 1.5e-6)
+    within_l2 = seconds_of(kernel, activation_bytes=3e6)
+    assert within_l2 == pytest.approx(1e-6 / calibration().onchip_speedup)
+
+
+def test_rows_of_blocks_pay_more_for_a_byte() -> None:
+    kernel = ideal_kernel(block_joules_per_byte=3e-11)
+    spread = costs_of(kernel, hbm_bytes=1e9, activation_bytes=1e9).onchip_joules[0]
+    by_row = costs_of(kernel, hbm_bytes=1e9, activation_bytes=1e9, block_bytes=1e4)
+    assert by_row.onchip_joules[0] - spread == pytest.approx(2e9 * 3e-11)
+
+
+def reread(**changes: float) -> float:
+    # 10 blocks of rows on 4 experts of 100 MB, 200 blocks of columns; the round GPU's L2 holds 50
+    work = {
+        "row_blocks": 10.0,
+        "distinct_experts": 4.0,
+        "matrix_bytes": 1e8,
+        "column_blocks": 200.0,
+    }
+    arrays = {k: np.array(v) for k, v in (work | changes).items()}
+    return float(reread_bytes(**arrays, gpu=gpu()))
+
+
+def test_experts_are_read_again_by_hand() -> None:
+    assert reread() == 6e8
+    assert reread(row_blocks=3.0) == 0.0
+    assert reread(matrix_bytes=1e6) == 0.0  # stays in the L2
+    assert reread(column_blocks=100.0) == 0.0  # 132 SMs take two blocks of rows at a time

@@ -52,6 +52,8 @@ class KernelRows:
     link_bytes: Array
     tiles: Array
     """Pieces of work of the thread blocks, as `operators.OperatorTable.tiles`."""
+    block_bytes: Array
+    """Bytes of a row that one thread block passes alone, as in `operators.OperatorTable`."""
     calls: Array
     gemm_rows: Array
     gemm_columns: Array
@@ -130,6 +132,7 @@ def row_costs(
             is_decode_attention=np.array([c == "attention_decode" for c in rows.op_class]),
             sm_count=gpu.sm_count,
         ),
+        block_bytes=rows.block_bytes,
         calls=rows.calls,
         gemm_rows=rows.gemm_rows,
         gemm_columns=rows.gemm_columns,

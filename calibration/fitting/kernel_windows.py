@@ -11,13 +11,11 @@ import numpy as np
 from calibration.fitting.fit_kernels import KernelRows
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
-from energymodel.operators import SOFTMAX_WIDTH, TILE
+from energymodel.operators import NORM_PASSES, SOFTMAX_WIDTH, TILE
+from energymodel.roofline import reread_bytes
 from energymodel.specs import GpuSpec
 
-_L2_FOR_WEIGHTS = 0.5
-"""Share of the L2 that an expert's weights may fill to stay there between blocks of rows; the rest
-holds activations, as `Calibration.onchip_share_of_l2` has it. Of the models measured, experts fill
-12 to 16 % of it, or 4.5 times all of it: no window depends on the number."""
+_WEIGHT_BYTES = 2.0  # of an element; experts are measured in bf16
 _CLASS_OF = {
     "gemm": "gemm",
     "moe": "moe",
@@ -83,10 +81,11 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         dtype=tuple(w["dtype"] for w in used),
         flops=column("flops"),
         executed_flops=column("executed_flops"),
-        hbm_bytes=np.array([w["hbm_bytes"] for w in used]) * _reads(used, gpu.l2_bytes),
+        hbm_bytes=np.array([w["hbm_bytes"] + _rereads(w, gpu) for w in used]),
         activation_bytes=np.array([w["activation_bytes"] for w in used]),
         link_bytes=np.array([w["link_bytes"] for w in used]),
         tiles=column("tiles"),
+        block_bytes=column("block_bytes"),
         calls=np.ones(len(used)),
         gemm_rows=column("gemm_rows"),
         gemm_columns=column("gemm_columns"),
@@ -98,23 +97,20 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
     )
 
 
-def _reads(used: list[dict[str, Any]], l2_bytes: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """How often each window reads its weights from device memory.
-
-    Fused experts whose launch takes one block of rows after another (`GROUP_SIZE_M` 1) read an
-    expert that does not stay in the L2 anew for each of its blocks.
-    """
-    times = np.ones(len(used))
-    for i, window in enumerate(used):
-        details, shape = window["details"], window["shape"]
-        config = details.get("config", {})
-        if window["op_class"] != "moe" or config.get("GROUP_SIZE_M") != 1:
-            continue
-        gate_up_bytes = 2.0 * shape["width"] * shape["hidden"] * 2.0
-        blocks = details["expert_rows"] / config["BLOCK_SIZE_M"]
-        if gate_up_bytes > _L2_FOR_WEIGHTS * l2_bytes:
-            times[i] = max(1.0, blocks / details["distinct_experts"])
-    return times
+def _rereads(window: Mapping[str, Any], gpu: GpuSpec) -> float:
+    """Bytes of weights that fused experts read more than once [B], see `roofline.reread_bytes`."""
+    details, shape = window["details"], window["shape"]
+    config = details.get("config", {})
+    if window["op_class"] != "moe" or config.get("GROUP_SIZE_M") != 1:
+        return 0.0
+    again = reread_bytes(
+        row_blocks=np.array(details["expert_rows"] / config["BLOCK_SIZE_M"]),
+        distinct_experts=np.array(details["distinct_experts"]),
+        matrix_bytes=np.array(2.0 * shape["width"] * shape["hidden"] * _WEIGHT_BYTES),
+        column_blocks=np.array(2.0 * shape["width"] / config["BLOCK_SIZE_N"]),
+        gpu=gpu,
+    )
+    return float(again)
 
 
 def _work(window: Mapping[str, Any]) -> dict[str, float]:
@@ -152,4 +148,12 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
             "executed_flops": 6.0 * rows * width * hidden,
             "tiles": rows * (2.0 * width + hidden) / TILE**2,
         }
-    return {}
+    return {"block_bytes": _block_elements(window) * 2.0}
+
+
+def _block_elements(window: Mapping[str, Any]) -> float:
+    """Elements that a thread block reads and writes for a row that it passes alone."""
+    launcher, shape = window["launcher"], window["shape"]
+    if launcher == "silu_and_mul":
+        return float(3.0 * shape["width"])
+    return NORM_PASSES[launcher] * float(shape["hidden"]) if launcher in NORM_PASSES else 0.0

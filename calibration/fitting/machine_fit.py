@@ -214,18 +214,38 @@ def fit_link(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> Calibration:
 # -- held out ----------------------------------------------------------------------------------
 
 
-def held_out_windows(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> tuple[Array, Array]:
-    """Seconds and watts of the rows, each by a fit without its shape family; both (n,)."""
-    from sklearn.model_selection import GroupKFold  # noqa: PLC0415
+def held_out_windows(
+    rows: KernelRows,
+    gpu: GpuSpec,
+    start: Calibration,
+    fold: NDArray[np.int64] | None = None,
+) -> tuple[Array, Array]:
+    """Seconds and watts of the rows, each by a fit without its shape family; both (n,).
 
-    families = np.array(rows.family)
+    `fold` (n,) holds out other parts than `window_folds` of the families; rows of negative folds
+    are in every fit, and NaN.
+    """
+    fold = window_folds(rows.op_class, rows.family) if fold is None else fold
     seconds, watts = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
-    folds = GroupKFold(min(_KERNEL_FOLDS, len(set(rows.family))))
-    for _, test in folds.split(families, groups=families):
-        held = np.isin(np.arange(len(rows)), test)
+    for number in np.unique(fold[fold >= 0]):
+        held = fold == number
         fitted = _fit([], rows.pick(~held), gpu, start).calibration
         seconds[held], watts[held] = predicted_windows(rows.pick(held), gpu, fitted)
     return seconds, watts
+
+
+def window_folds(classes: Sequence[str], groups: Sequence[str]) -> NDArray[np.int64]:
+    """Fold of each window (n,): whole groups, those of a class dealt out one by one.
+
+    So a class of few groups loses one of them at a time, and never two in one fold.
+    """
+    found = np.zeros(len(groups), dtype=np.int64)
+    for op_class in sorted(set(classes)):
+        mine = sorted({g for g, c in zip(groups, classes, strict=True) if c == op_class})
+        for number, group in enumerate(mine):
+            at = [c == op_class and g == group for c, g in zip(classes, groups, strict=True)]
+            found[np.array(at)] = number % _KERNEL_FOLDS
+    return found
 
 
 def _models_left_out(

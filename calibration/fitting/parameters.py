@@ -81,6 +81,10 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("onchip_speedup",), prior=0.3),
     Parameter(paths=("kernels.elementwise.memory_efficiency",), prior=0.3, high=1.1),
     Parameter(paths=("kernels.elementwise.call_seconds",), prior=0.3),
+    Parameter(paths=("kernels.elementwise.block_seconds_per_byte",), prior=0.5),
+    Parameter(paths=("kernels.elementwise.block_joules_per_byte",), prior=0.5),
+    Parameter(paths=("kernels.elementwise.hbm_latency_seconds",), prior=0.5),
+    Parameter(paths=("kernels.gemm.hbm_latency_seconds",), prior=0.5),
     Parameter(paths=("kernels.sampling.call_seconds",), prior=1.0),
     # energy
     Parameter(paths=("base_watts",), prior=0.05),

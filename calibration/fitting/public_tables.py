@@ -314,6 +314,7 @@ def _rows(
         op_class=(op_class,) * count,
         family=tuple("x".join(map(str, shape)) for shape in shapes),
         dtype=(dtype,) * count,
+        block_bytes=zeros,
         calls=np.ones(count),
         gemm_rows=work.get("gemm_rows", zeros),
         gemm_columns=work.get("gemm_columns", zeros),

@@ -67,14 +67,40 @@ def start_of(gpu: str) -> Calibration:
 
 
 def held_out(measured: Measurements, start: Calibration) -> HeldOut:
-    """Each kernel window by a fit, from `start`, to the windows of all other shape families."""
+    """Each kernel window by a fit, from `start`, to windows of other shape families."""
+    rows, start = _prepared(measured, start)
+    seconds, watts = held_out_windows(rows, measured.gpu, start)
+    return HeldOut(rows=rows, seconds=seconds, watts=watts)
+
+
+def held_out_by_rows(measured: Measurements, start: Calibration) -> HeldOut:
+    """Memory-bound windows, each by a fit without any memory-bound window of as many rows.
+
+    A family of this class is a kernel. Their times for few rows are their own, so that a kernel of
+    which nothing was measured says less about the model than a size of a kernel that was.
+    """
+    rows, start = _prepared(measured, start)
+    mine = np.isin(rows.op_class, CLASSES["memory-bound"])
+    counts = np.array([_row_count(n) if m else -1 for n, m in zip(rows.name, mine, strict=True)])
+    sizes = np.unique(counts[mine])
+    fold = np.where(mine, np.searchsorted(sizes, counts), -1)
+    seconds, watts = held_out_windows(rows, measured.gpu, start, fold)
+    held = HeldOut(rows=rows, seconds=seconds, watts=watts).pick(mine)
+    return replace(held, rows=replace(held.rows, family=tuple(f"{c} rows" for c in counts[mine])))
+
+
+def _row_count(case: str) -> int:
+    """Rows of a memory-bound case, `elementwise.rms_norm.t64.r2`."""
+    return int(case.split(".")[2].removeprefix("t"))
+
+
+def _prepared(measured: Measurements, start: Calibration) -> tuple[KernelRows, Calibration]:
+    """Windows that the model knows, and the start with what is measured apart."""
     gpu = measured.gpu
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
     start = fit_link(link_rows(measured.windows, gpu), gpu, start)
     rows = kernel_rows(measured.windows, gpu)
-    rows = rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype])
-    seconds, watts = held_out_windows(rows, gpu, start)
-    return HeldOut(rows=rows, seconds=seconds, watts=watts)
+    return rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype]), start
 
 
 def of_class(found: HeldOut, name: str) -> HeldOut:
