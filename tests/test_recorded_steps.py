@@ -99,7 +99,7 @@ def served(deployment: Deployment, requests: Requests, fitted: Calibration) -> A
 
 def assert_same(deployment: Deployment, requests: Requests, fitted: Calibration) -> Any:
     """Recorded steps give what the simulation gives, which is returned."""
-    joules, seconds, ttft = recorded_runs([(deployment, requests)]).totals(fitted)
+    joules, seconds, ttft = recorded_runs([(deployment, requests)]).totals(fitted, rounding=0.0)
     result = served(deployment, requests, fitted)
     active = result.totals["prefill_joules"] + result.totals["decode_joules"]
     assert joules[0] == pytest.approx(active * deployment.gpus_per_replica, rel=SAME)
@@ -183,6 +183,12 @@ def test_any_requests(
     requests = waiting([i for i, _ in lengths], [o for _, o in lengths])
     deployment = deployed(tiny(window=200), stack=stack, blocks=blocks)
     assert_same(deployment, requests, replace(fitted, stacks=stacks))
+
+
+def test_rounding_adds_a_hundredth_at_most() -> None:
+    recorded = recorded_runs([(deployed(tiny()), RAGGED)])
+    sharp, rounded = (recorded.totals(uneven(), rounding=r)[1] for r in (0.0, 0.02))
+    assert sharp[0] < rounded[0] < 1.01 * sharp[0]
 
 
 def test_runs_are_costed_together_as_alone() -> None:

@@ -6,7 +6,8 @@ Moves all parameters together, by robust least squares on the log residuals of
 - seconds and watts of the GPU's kernel windows,
 
 each parameter pulled towards its start by a prior as wide as that start is uncertain. The
-simulator is part of the residuals: what is fitted is what `energymodel predict` prints.
+simulator is part of the residuals: what is fitted is what `energymodel predict` prints, but for
+steps that take the host as long as the GPU, see `recorded_steps.ROUNDING`.
 """
 
 from __future__ import annotations

@@ -45,6 +45,9 @@ Part = tuple[int, str, int]
 _HOST_FIELDS = 11
 _LARGE = 1e9
 """Of an attention statistic, so that costs per unit follow from it; they are proportional."""
+ROUNDING = 0.02
+"""Share of the host's seconds within which the longer of GPU and host changes over: at equality a
+step takes 1 % longer than either. A sharp corner would stop a fit where it stands."""
 _SMALL = 1e-9
 """Of an attention statistic: attention runs, and takes nothing beyond its calls."""
 
@@ -282,10 +285,13 @@ class RecordedRuns:
     gpus: Array
     """(runs,) GPUs of a replica."""
 
-    def totals(self, calibration: Calibration) -> tuple[Array, Array, Array]:
+    def totals(
+        self, calibration: Calibration, rounding: float = ROUNDING
+    ) -> tuple[Array, Array, Array]:
         """Joules of all GPUs, seconds and median TTFT of the runs; each (runs,).
 
-        Numbers of the calibration may be complex, which gives derivatives (`robust_minimum`).
+        Numbers of the calibration may be complex, which gives derivatives (`robust_minimum`);
+        `rounding` : see `ROUNDING`; 0 = as the simulator has it.
         """
         tables = self.steps @ (self.parts @ self.kernels.tables(calibration))
         host = np.concatenate(
@@ -294,15 +300,19 @@ class RecordedRuns:
                 for model, serving in self.hosts
             ]
         )
-        seconds, joules = step_seconds_and_joules(
-            tables, calibration, self.host @ host, self.gap @ host
-        )
+        longer = _smooth_maximum(tables[:, 0] + tables[:, 1], self.host @ host, rounding)
+        seconds, joules = step_seconds_and_joules(tables, calibration, longer, self.gap @ host)
 
         def by_run(values: Array) -> Array:
             return np.asarray(np.add.reduceat(values, self.first_steps))
 
         ttft = by_run(seconds * self.until_first_token)
         return by_run(joules) * self.gpus, by_run(seconds), ttft
+
+
+def _smooth_maximum(gpu: Array, host: Array, rounding: float) -> Array:
+    """The longer of the GPU's and the host's seconds, rounded where they are nearly equal."""
+    return 0.5 * (gpu + host + np.sqrt((gpu - host) ** 2 + (rounding * host) ** 2))
 
 
 def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
