@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from energymodel.experts import distinct_experts, expert_activation_bytes, expert_rows
 from energymodel.specs import (
     STATIC_STACKS,
     AttentionSpec,
@@ -27,7 +28,7 @@ from energymodel.specs import (
     MoeSpec,
     ServingConfig,
 )
-from energymodel.units import BYTES_PER_ELEMENT
+from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT
 
 Array = NDArray[np.float64]
 
@@ -47,7 +48,6 @@ STATS = (
 """Sufficient statistics of a step, in the order of the coefficient columns."""
 
 _STAT = {name: i for i, name in enumerate(STATS)}
-_ACTIVATION_BYTES = 2.0  # activations are 16-bit on every stack modelled
 _LOGIT_PASSES_BYTES = 14.0  # per logit: 2 written, 2 read, 4 written as fp32, 4 + 2 read (argmax)
 SOFTMAX_WIDTH = 64.0
 """Head width whose products take as long as the exponential of a query-key pair: an SM does 16 a
@@ -149,7 +149,7 @@ def _gemm(
         flops=work,
         executed_flops=work,
         hbm_bytes={"one": n * k * count * BYTES_PER_ELEMENT[dtype]},
-        activation_bytes={per: (n + k) * count * _ACTIVATION_BYTES},
+        activation_bytes={per: (n + k) * count * ACTIVATION_BYTES},
         tiles={per: n * count / TILE**2},
     )
 
@@ -182,7 +182,7 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
     query = heads * spec.head_dim
     output = heads * spec.value_head_dim
-    passed = (query + output + kv_elements) * _ACTIVATION_BYTES
+    passed = (query + output + kv_elements) * ACTIVATION_BYTES
     # one thread block serves the query heads of a KV head, MLA's latent up to 64 of them
     sequence_tiles = heads / 64.0 if spec.kind == "mla" else kv_heads
     pair_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim) * count
@@ -206,14 +206,14 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         flops={kv_stat: decode_flops * count * queries},
         executed_flops={kv_stat: decode_flops * count * queries},
         hbm_bytes={kv_stat: kv_elements * kv_bytes * count * _cache_passes(spec, serving)},
-        activation_bytes={"decode_sequences": (query + output) * _ACTIVATION_BYTES * count},
+        activation_bytes={"decode_sequences": (query + output) * ACTIVATION_BYTES * count},
         tiles={"decode_sequences": sequence_tiles * count / queries},
     )
     # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
-    rotary = 2.0 * (query + kv_elements) * _ACTIVATION_BYTES
+    rotary = 2.0 * (query + kv_elements) * ACTIVATION_BYTES
     yield _elementwise("rotary_and_kv_write", rotary, count, kernels=2)
     if spec.qk_norm_elements and serving.stack != "vllm":  # whose compiler fuses them with rotary
-        heads_normed = 2.0 * (query + kv_heads * spec.head_dim) * _ACTIVATION_BYTES
+        heads_normed = 2.0 * (query + kv_heads * spec.head_dim) * ACTIVATION_BYTES
         yield _elementwise("qk_norm", heads_normed, count, kernels=2)
     yield _gemm("o_proj", hidden, output, count, dtype)
 
@@ -257,7 +257,7 @@ def _dense_mlp(
 ) -> Iterator[_Operator]:
     up = 2.0 * width if gated else width
     yield _gemm(f"{prefix}up_proj", up, hidden, count, dtype)
-    passed = (up + width) * _ACTIVATION_BYTES
+    passed = (up + width) * ACTIVATION_BYTES
     yield _elementwise("activation", passed, count, kernels=1, block_bytes=passed)
     yield _gemm(f"{prefix}down_proj", hidden, width, count, dtype)
 
@@ -299,15 +299,6 @@ def _feed_forward(
     yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=2)
 
 
-def expert_activation_bytes(hidden: float, up: float, width: float, top_k: float) -> float:
-    """Activations of the fused experts per token [B].
-
-    Both GEMMs read and write their rows, the activation between them does too, and the top-k
-    outputs are summed.
-    """
-    return (2.0 * hidden + 2.0 * up + 2.0 * width + hidden) * top_k * _ACTIVATION_BYTES
-
-
 def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
     tp, hidden = serving.tensor_parallel, model.hidden_size
     for group in model.layers:
@@ -316,12 +307,12 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         yield from _feed_forward(model, group, serving)
         norms = 1 if model.parallel_block else 2
         # fused add and norm: reads input and residual, writes both
-        passed = 4.0 * hidden * _ACTIVATION_BYTES
-        row = NORM_PASSES["add_rms_norm"] * hidden * _ACTIVATION_BYTES
+        passed = 4.0 * hidden * ACTIVATION_BYTES
+        row = NORM_PASSES["add_rms_norm"] * hidden * ACTIVATION_BYTES
         yield _elementwise("norm", norms * passed, count, kernels=norms, block_bytes=row)
         if tp > 1:
             yield _all_reduce(hidden, tp, count)
-    yield _elementwise("embedding", 2.0 * hidden * _ACTIVATION_BYTES, 1.0, kernels=1)
+    yield _elementwise("embedding", 2.0 * hidden * ACTIVATION_BYTES, 1.0, kernels=1)
     if serving.pipeline_parallel > 1:
         hops = float(serving.pipeline_parallel - 1)
         yield _Operator(
@@ -329,7 +320,7 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
             op_class="communication",
             compute_dtype="bf16",
             calls=hops,
-            link_bytes={"tokens": hops * hidden * _ACTIVATION_BYTES},
+            link_bytes={"tokens": hops * hidden * ACTIVATION_BYTES},
         )
     vocab = model.vocab_size / tp
     yield replace(_gemm("logits", vocab, hidden, 1.0, "bf16", per="rows"), name="logits")
@@ -347,7 +338,7 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
 
 def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:
     # ring all-reduce after attention and after the MLP: 2 (n-1)/n of the buffer each way
-    sent = 2.0 * (tp - 1) / tp * hidden * _ACTIVATION_BYTES
+    sent = 2.0 * (tp - 1) / tp * hidden * ACTIVATION_BYTES
     return _Operator(
         name="all_reduce",
         op_class="communication",
@@ -409,45 +400,6 @@ def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
         tiles=coefficients("tiles"),
         block_bytes=np.array([g[0].block_bytes for g in groups]),
     )
-
-
-def distinct_experts(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
-    """Expected experts that at least one of `tokens` tokens chose, routing uniform.
-
-    E (1 - (1 - k/E)^T): each token leaves one given expert out with probability 1 - k/E.
-    """
-    share = experts_per_token / num_experts
-    result: Array = num_experts * -np.expm1(tokens * np.log1p(-min(share, 1.0 - 1e-12)))
-    return result
-
-
-def moe_tile_rows(tokens: Array) -> Array:
-    """Rows of a tile of the fused expert kernel by tokens of the step.
-
-    vLLM 0.22, `fused_moe.get_default_config` for 16-bit and per-tensor fp8 weights: 16 up to 32
-    tokens, 32 up to 96, 64 up to 512, then 128. Shapes with a tuned file may differ by one step.
-    """
-    return np.select([tokens <= 32, tokens <= 96, tokens <= 512], [16.0, 32.0, 64.0], 128.0)
-
-
-def expert_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
-    """Expected rows of the fused expert kernel, each expert's rows padded to whole tiles.
-
-    B * E * sum_j P(n > j B), n ~ Binomial(T, k/E) taken as a normal whose tail is
-    approximated by the logistic 1 / (1 + exp(1.702 z)) (Bowling et al. 2009, error < 0.01);
-    the j = 0 term is the exact share of experts that are touched at all.
-    """
-    tile = moe_tile_rows(tokens)
-    share = experts_per_token / num_experts
-    mean = tokens * share
-    deviation = np.sqrt(np.maximum(mean * (1.0 - share), 1e-12))
-    tiles = distinct_experts(tokens, num_experts, experts_per_token) / num_experts
-    most = int(np.max((mean + 4.0 * deviation) / tile, initial=0.0)) + 1
-    for j in range(1, most + 1):
-        z = np.clip((j * tile + 0.5 - mean) / deviation, -40.0, 40.0)
-        tiles = tiles + 1.0 / (1.0 + np.exp(1.702 * z))
-    result: Array = np.maximum(tiles * tile * num_experts, tokens * experts_per_token)
-    return result
 
 
 def step_stats(model: ModelSpec, **stats: Array | float) -> Array:

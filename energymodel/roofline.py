@@ -53,10 +53,6 @@ _MMA_ROWS = 16
 multiple of 8 (PTX ISA, mma.m16n8k16 and wgmma.m64nNk16), and libraries take tiles of 16."""
 _LONG_SUM = 8192.0
 """Length of a GEMM's sums [elements] at which `split_seconds` is stated: a unit, no threshold."""
-_L2_FOR_WEIGHTS = 0.5
-"""Share of the L2 that an expert's weights may fill to stay there between blocks of rows; the rest
-holds activations, as `Calibration.onchip_share_of_l2` has it. Of the models measured, experts fill
-12 to 16 % of it, or 4.5 times all of it: no window depends on the number."""
 _SPLIT_BELOW = 0.8
 """Decode attention splits sequences while its thread blocks fill less of the SMs (FlashAttention,
 `num_splits_heuristic`)."""
@@ -113,23 +109,6 @@ def splits(
     gemm = np.maximum(1.0 - of_gemm, 0.0) * gemm_k / _LONG_SUM
     few = (tiles > 0) & (tiles < _SPLIT_BELOW * sm_count * calls)
     result: Array = calls * np.where(is_decode_attention, few, gemm * (gemm_rows > 0))
-    return result
-
-
-def reread_bytes(
-    *, row_blocks: Array, distinct_experts: Array, matrix_bytes: Array, column_blocks: Array,
-    gpu: GpuSpec,
-) -> Array:  # fmt: skip
-    """Bytes of experts' up-projections that fused experts read from device memory again [B].
-
-    An untuned launch takes the column blocks of one block of rows after another. The next rows of
-    the same expert find its matrix in the L2 if it fits there; or share it while it is read, if the
-    SMs work at several blocks of rows at a time. Else they read it anew. All arguments broadcast;
-    `matrix_bytes` and `column_blocks` are of one expert.
-    """
-    again = (matrix_bytes > _L2_FOR_WEIGHTS * gpu.l2_bytes) & (column_blocks > gpu.sm_count)
-    more = np.maximum(row_blocks - distinct_experts, 0.0)
-    result: Array = np.where(again, more * matrix_bytes, 0.0)
     return result
 
 

@@ -15,3 +15,5 @@ BYTES_PER_ELEMENT = {
     "mxfp4": 0.5 + 1.0 / 32,  # one 8-bit shared scale per block of 32 (OCP MX v1.0, section 5.2)
 }
 """Stored bytes per element of each dtype, scales included."""
+ACTIVATION_BYTES = 2.0
+"""Bytes per element of activations: 16 bit on every stack modelled."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from shapes import calibration, gpu, tiny
 
 from calibration.fitting.joint_fit import joint_fit, window_seconds_and_watts
-from calibration.fitting.kernel_windows import kernel_rows, read_windows
+from calibration.fitting.kernel_windows import kernel_rows, read_windows, reread_bytes
 from calibration.fitting.measured_runs import read_idle, read_own
 from calibration.fitting.parameters import (
     PARAMETERS,
@@ -141,6 +142,25 @@ def test_experts_larger_than_the_l2_are_read_for_each_block_of_rows() -> None:
     # has 32, so that four blocks of rows run at a time and share what they read
     assert read["moe.fused.mixtral-8x7b.t256"] == pytest.approx((2 * blocks / 8 + 1) / 3)
     assert read["moe.fused.qwen3-30b-a3b.t256"] == 1.0  # experts of 9 MB stay in the L2
+
+
+def reread(**changes: float) -> float:
+    # 10 blocks of rows on 4 experts of 100 MB, 200 blocks of columns; the round GPU's L2 holds 50
+    work = {
+        "row_blocks": 10.0,
+        "distinct_experts": 4.0,
+        "matrix_bytes": 1e8,
+        "column_blocks": 200.0,
+    }
+    arrays = {k: np.array(v) for k, v in (work | changes).items()}
+    return float(reread_bytes(**arrays, gpu=gpu()))
+
+
+def test_experts_are_read_again_by_hand() -> None:
+    assert reread() == 6e8
+    assert reread(row_blocks=3.0) == 0.0
+    assert reread(matrix_bytes=1e6) == 0.0  # stays in the L2
+    assert reread(column_blocks=100.0) == 0.0  # 132 SMs take two blocks of rows at a time
 
 
 def test_other_kernels_than_the_classes_are_no_rows() -> None:

@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from energymodel.experts import distinct_experts, expert_rows, moe_tile_rows
 from energymodel.models import load_model
-from energymodel.operators import (
-    STATS,
-    distinct_experts,
-    expert_rows,
-    moe_tile_rows,
-    operator_table,
-    step_stats,
-)
+from energymodel.operators import STATS, operator_table, step_stats
 from energymodel.specs import ServingConfig
 from tests.shapes import llama_8b, tiny
 

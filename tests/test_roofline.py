@@ -15,7 +15,6 @@ from energymodel.roofline import (
     clock_under_cap,
     kernel_costs,
     operator_costs,
-    reread_bytes,
     splits,
     step_seconds_and_joules,
     wave_fill,
@@ -246,22 +245,3 @@ def test_rows_of_blocks_pay_more_for_a_byte() -> None:
     spread = costs_of(kernel, hbm_bytes=1e9, activation_bytes=1e9).onchip_joules[0]
     by_row = costs_of(kernel, hbm_bytes=1e9, activation_bytes=1e9, block_bytes=1e4)
     assert by_row.onchip_joules[0] - spread == pytest.approx(2e9 * 3e-11)
-
-
-def reread(**changes: float) -> float:
-    # 10 blocks of rows on 4 experts of 100 MB, 200 blocks of columns; the round GPU's L2 holds 50
-    work = {
-        "row_blocks": 10.0,
-        "distinct_experts": 4.0,
-        "matrix_bytes": 1e8,
-        "column_blocks": 200.0,
-    }
-    arrays = {k: np.array(v) for k, v in (work | changes).items()}
-    return float(reread_bytes(**arrays, gpu=gpu()))
-
-
-def test_experts_are_read_again_by_hand() -> None:
-    assert reread() == 6e8
-    assert reread(row_blocks=3.0) == 0.0
-    assert reread(matrix_bytes=1e6) == 0.0  # stays in the L2
-    assert reread(column_blocks=100.0) == 0.0  # 132 SMs take two blocks of rows at a time

@@ -46,12 +46,8 @@ from numpy.typing import NDArray
 
 from calibration.fitting.fit_kernels import KernelRows
 from energymodel.errors import EnergyModelError
-from energymodel.operators import (
-    SOFTMAX_WIDTH,
-    TILE,
-    expert_activation_bytes,
-    moe_tile_rows,
-)
+from energymodel.experts import expert_activation_bytes, moe_tile_rows
+from energymodel.operators import SOFTMAX_WIDTH, TILE
 from energymodel.specs import GpuSpec
 
 if TYPE_CHECKING:
