@@ -261,4 +261,5 @@ def _options(
         "max_model_len": setting("max_model_len"),
         "tensor_parallel": int(setting("tensor_parallel_size") or 1),
         "kv_dtype": _KV_DTYPES[cache],
+        "gpu_memory_utilization": setting("gpu_memory_utilization"),
     }
