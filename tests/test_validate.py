@@ -275,6 +275,7 @@ def test_serving_records_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "max_model_len": 8192,
         "tensor_parallel": 1,
         "kv_dtype": None,
+        "gpu_memory_utilization": 0.88,  # what `energymodel measure` asks for
     }
     assert prefill.tpot_seconds is None
     assert trace.requests.arrival_seconds.tolist() == [0.0, 0.1, 0.2]
