@@ -179,6 +179,24 @@ def sample_random(case: Case, bed: Bed) -> Work:
     return Work(call=call)
 
 
+def sample_sorted(case: Case, bed: Bed) -> Work:
+    """Token drawn from the most likely ones that hold `top_p`, over the sorted vocabulary.
+
+    As engines without a kernel of their own for top-p do it, vLLM up to 0.11 among them.
+    """
+    logits, top_p = normal(bed, *sizes(case, "rows", "vocab")), float(case.shape["top_p"])
+
+    def call(i: int) -> Any:
+        ordered, places = logits.to(torch.float32).sort(dim=-1)
+        unlikely = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+        unlikely[:, -1] = False
+        kept = ordered.masked_fill_(unlikely, -torch.inf)
+        probabilities = torch.empty_like(kept).scatter_(-1, places, kept).softmax(dim=-1)
+        return probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+
+    return Work(call=call)
+
+
 def _buffers(case: Case, bed: Bed) -> list[Any]:
     size = int(case.shape["bytes"])
     count = sets(bed, size) if int(case.shape["rotated"]) else 1
@@ -237,6 +255,7 @@ MEMORY_LAUNCHERS: dict[str, Callable[[Case, Bed], Work]] = {
     "embedding": embedding,
     "sample_greedy": sample_greedy,
     "sample_random": sample_random,
+    "sample_sorted": sample_sorted,
     "copy_copy": copy_copy,
     "copy_read": copy_read,
     "copy_write": copy_write,

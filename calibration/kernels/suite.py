@@ -331,13 +331,14 @@ def _elementwises() -> Iterator[Case]:
             "embedding", tokens, 2 * hidden * _BF16, late, hidden=hidden, vocab=vocab
         )
     for rows in (1, 8, 64, 256):
-        for kind, per_logit in (("greedy", 10.0), ("random", 34.0)):
+        # sorted: a sort counts as one pass over numbers and places
+        for kind, per_logit in (("greedy", 10.0), ("random", 34.0), ("sorted", 90.0)):
             yield Case(
                 name=f"sampling.{kind}.r{rows}",
                 op_class="sampling",
                 launcher=f"sample_{kind}",
                 family=kind,
-                shape={"rows": rows, "vocab": vocab},
+                shape={"rows": rows, "vocab": vocab, "top_p": 0.95},
                 activation_bytes=per_logit * rows * vocab,
                 priority=1 if kind == "greedy" else 2,
             )
