@@ -16,6 +16,8 @@ from test_serving import StepEngine, World, WorldMeter, in_world
 from typer.testing import CliRunner
 
 from calibration.fitting.measured_runs import read_own
+from calibration.fitting.public_power import bytes_factor
+from calibration.fitting.serving_runs import runs_of
 from calibration.metering.recording import append_record
 from calibration.serving.cases import run_cases
 from calibration.serving.plan import Case, EngineRun, Plan, model_config
@@ -28,6 +30,7 @@ from calibration.validation.rows import (
     MeasuredRow,
     compare,
     is_fitted,
+    is_power_fitted,
     load_split,
     offline,
     steady_state,
@@ -49,6 +52,7 @@ from calibration.validation.validate import (
 )
 from energymodel import predict
 from energymodel.acceptance import expected_tokens
+from energymodel.calibrations import load_calibration
 from energymodel.cli import app
 from energymodel.errors import EnergyModelError
 from energymodel.models import load_model
@@ -634,11 +638,24 @@ def test_rows_that_cannot_be_used_are_counted_with_a_reason() -> None:
 
 
 @needs_public
-def test_public_rows_are_all_held_out(
+def test_public_rows_are_held_out_but_for_the_power_of_two_a100s(
     public_rows: dict[tuple[str, str, str], MeasuredRow],
 ) -> None:
     split = load_split()
-    assert not any(is_fitted(row, split) for row in public_rows.values())
+    fitted = {row.name: row for row in public_rows.values() if is_fitted(row, split)}
+    assert all("llama-2-70b tp2 " in name for name in fitted)
+    assert {(r.source, r.gpu, r.tensor_parallel) for r in fitted.values()} == {
+        (SPLITWISE, "a100", 2)
+    }
+
+
+@needs_public
+def test_the_a100_s_joules_per_byte_are_those_of_the_published_power(
+    public_rows: dict[tuple[str, str, str], MeasuredRow],
+) -> None:
+    rows = [r for r in public_rows.values() if is_power_fitted(r, load_split())]
+    runs = runs_of([r for r in rows if r.joules_per_output_token])
+    assert bytes_factor(runs, load_calibration("a100")) == pytest.approx(1.0, abs=0.02)
 
 
 @needs_public

@@ -11,6 +11,7 @@ Energies: with the same chip, as measured. Otherwise
 
     J/FLOP, J/on-chip byte, W of busy SMs  x factor of the architecture (and of the SM count)
     J/HBM byte                             + what the kind of memory adds
+    J/HBM byte, J/on-chip byte             x factor of the memory, where power was published
     base and idle watts                    x ratio of the power limits
 
 with the factors and their sources in `data/transfer.json`.
@@ -197,6 +198,8 @@ def _scaled_energies(
     units = core * here.sm_count / there.sm_count
     kernels = {c: replace(k, active_watts=k.active_watts * units) for c, k in own.kernels.items()}
     idle = own.cold_idle_watts * board if here.idle_watts is None else here.idle_watts
+    hbm = own.joules_per_hbm_byte + float(memory["added_joules_per_byte"])
+    onchip, bytes_factor = own.joules_per_onchip_byte * core, float(memory.get("factor", 1.0))
     return replace(
         own,
         kernels=kernels,
@@ -205,8 +208,8 @@ def _scaled_energies(
         polling_idle_watts=max(own.polling_idle_watts * board, idle),
         base_watts=own.base_watts * board,
         joules_per_flop=joules_per_flop,
-        joules_per_hbm_byte=own.joules_per_hbm_byte + float(memory["added_joules_per_byte"]),
-        joules_per_onchip_byte=own.joules_per_onchip_byte * core,
+        joules_per_hbm_byte=hbm * bytes_factor,
+        joules_per_onchip_byte=onchip * bytes_factor,
     )
 
 

@@ -305,9 +305,14 @@ def _sources() -> str:
 
 def _split_text() -> str:
     split = load_split()
-    fit = "; ".join(f"{key}: {', '.join(map(str, names))}" for key, names in split["fit"].items())
-    where = "`calibration/data/split.json`"
-    return f"## The split\n\n{split['comment']}\n\nOpen to fits ({where}): {fit}."
+
+    def named(part: str) -> str:
+        return "; ".join(f"{key}: {', '.join(map(str, v))}" for key, v in split[part].items())
+
+    return (
+        f"## The split\n\n{split['comment']}\n\nOpen to fits (`calibration/data/split.json`): "
+        f"{named('fit')}. Open for their power alone: {named('public_power')}."
+    )
 
 
 def _left_out(validation: Validation) -> str:

@@ -240,6 +240,8 @@ _SPLIT_FIELDS = (
     *("tensor_parallel_models", "draft_batches"),
 )
 
+_POWER_FIELDS = ("sources", "gpus", "tensor_parallel")
+
 
 def load_split(path: Path = SPLIT_FILE) -> dict[str, Any]:
     """The written split into rows that fits may use and rows that they may not.
@@ -255,10 +257,15 @@ def load_split(path: Path = SPLIT_FILE) -> dict[str, Any]:
         for key in _SPLIT_FIELDS:
             if not isinstance(fit[key], list):
                 raise EnergyModelError(f"{path}: fit.{key} must be a list")
+        for key in _POWER_FIELDS if "public_power" in split else ():
+            if not isinstance(split["public_power"][key], list):
+                raise EnergyModelError(f"{path}: public_power.{key} must be a list")
     except (OSError, ValueError) as error:
         raise EnergyModelError(f"{path}: cannot be read as JSON ({error})") from error
     except (KeyError, TypeError) as error:
-        raise EnergyModelError(f"{path}: the field fit.{error} is missing") from error
+        raise EnergyModelError(
+            f"{path}: the field {error} of fit or public_power is missing"
+        ) from error
     return dict(split)
 
 
@@ -266,7 +273,7 @@ def is_fitted(row: MeasuredRow, split: Mapping[str, Any]) -> bool:
     """Whether the split lets fits use this row; everything that it does not name is held out."""
     fit = split["fit"]
     on_one_gpu, drafting = row.tensor_parallel == 1, "draft_model" in row.options
-    return bool(
+    return is_power_fitted(row, split) or bool(
         row.source in fit["sources"]
         and row.gpu in fit["gpus"]
         and row.model_name in fit["models"]
@@ -275,4 +282,14 @@ def is_fitted(row: MeasuredRow, split: Mapping[str, Any]) -> bool:
         and row.tensor_parallel in fit["tensor_parallel"]
         and (on_one_gpu or row.model_name in fit["tensor_parallel_models"])
         and (not drafting or row.batch in fit["draft_batches"])
+    )
+
+
+def is_power_fitted(row: MeasuredRow, split: Mapping[str, Any]) -> bool:
+    """Whether joules per byte of a GPU that was not measured here rest on this row's power."""
+    power = split.get("public_power")
+    return power is not None and bool(
+        row.source in power["sources"]
+        and row.gpu in power["gpus"]
+        and row.tensor_parallel in power["tensor_parallel"]
     )
