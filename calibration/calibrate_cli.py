@@ -32,7 +32,9 @@ class Suite(str, Enum):  # noqa: UP042 - typer wants the str mixin
 def calibrate(
     gpu: Annotated[
         list[int] | None,
-        typer.Option(help="GPU, as nvidia-smi numbers it; twice for an all-reduce.  [default: 0]"),
+        typer.Option(
+            help="GPU, as nvidia-smi numbers it; twice for an all-reduce.", show_default="0"
+        ),
     ] = None,
     suite: Annotated[
         Suite, typer.Option(help="quick (3 minutes) or full (9 minutes).")

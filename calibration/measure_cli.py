@@ -34,7 +34,9 @@ def measure(
     stack: Annotated[MeasuredStack, typer.Option(help="What serves it.")] = MeasuredStack.vllm,
     gpu: Annotated[
         list[int] | None,
-        typer.Option(help="GPU, as nvidia-smi numbers it; twice: split over two.  [default: 0]"),
+        typer.Option(
+            help="GPU, as nvidia-smi numbers it; twice: split over two.", show_default="0"
+        ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Static batches: sizes, e.g. 1,8,64.")] = "",
     input: Annotated[str, typer.Option(help="Their input tokens, e.g. 128,2048.")] = "128",

@@ -301,10 +301,10 @@ def schema(
 def validate(
     public: Annotated[
         Path | None,
-        typer.Option(help="Folder of measurements that others published.  [default: none]"),
+        typer.Option(help="Folder of measurements that others published.", show_default="none"),
     ] = None,
     own: Annotated[
-        Path | None, typer.Option(help="Folder of serving records.  [default: those that ship]")
+        Path | None, typer.Option(help="Folder of serving records.", show_default="those that ship")
     ] = None,
     report: Annotated[
         Path | None,

@@ -23,7 +23,7 @@ TtftTarget = Annotated[float | None, typer.Option(help="Most time to first token
 TpotTarget = Annotated[float | None, typer.Option(help="Most time per output token [s].")]
 TargetPercentile = Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")]
 Prices = Annotated[
-    str | None, typer.Option(help="Prices, GPU=USD per hour.  [default: list prices]")
+    str | None, typer.Option(help="Prices, GPU=USD per hour.", show_default="list prices")
 ]
 Pue = Annotated[float, typer.Option(help="Power usage effectiveness of the site.")]
 
@@ -36,7 +36,7 @@ GpusCalibration = Annotated[
 # where the work is done
 Backend = Annotated[str, typer.Option(help="loky (processes), threading, sequential or dask.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")]
-Jobs = Annotated[int, typer.Option(help="Workers.  [default: one per core]")]
+Jobs = Annotated[int, typer.Option(help="Workers.", show_default="one per core")]
 
 # where the result goes
 Output = Annotated[Path | None, typer.Option(help="Write there instead of to the terminal.")]

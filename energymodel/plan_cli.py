@@ -53,7 +53,8 @@ def plan(
         ),
     ] = None,
     power_limit: Annotated[
-        str | None, typer.Option(help="Board power limits to try [W].  [default: the GPU's own]")
+        str | None,
+        typer.Option(help="Board power limits to try [W].", show_default="the GPU's own"),
     ] = None,
     arrival_scale: Annotated[float, typer.Option(help="How many times faster arrivals come.")] = 1,
     prefix_hit: Annotated[

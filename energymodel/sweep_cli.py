@@ -54,11 +54,11 @@ def whatif(
         str, typer.Option(help="Replicas for prompts alone, beside --replicas that decode.")
     ] = "0",
     prefill_gpu: Annotated[
-        str | None, typer.Option(help="GPUs of those.  [default: --gpu]")
+        str | None, typer.Option(help="GPUs of those.", show_default="--gpu")
     ] = None,
     max_batch: Annotated[str, typer.Option(help="Sequences in flight.")] = "256",
     max_step_tokens: Annotated[
-        str | None, typer.Option(help="Tokens a step.  [default: as vLLM]")
+        str | None, typer.Option(help="Tokens a step.", show_default="as vLLM")
     ] = None,
     gpu_memory_utilization: Annotated[
         str | None,
@@ -68,7 +68,7 @@ def whatif(
         ),
     ] = None,
     power_limit: Annotated[
-        str | None, typer.Option(help="Board power limits [W].  [default: the GPU's own]")
+        str | None, typer.Option(help="Board power limits [W].", show_default="the GPU's own")
     ] = None,
     arrival_scale: Annotated[str, typer.Option(help="How many times faster arrivals come.")] = "1",
     prefix_hit: Annotated[
