@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numba
 from numba import njit
@@ -41,14 +41,26 @@ _FOLDER = re.compile(r"energymodel-[0-9a-f]{16}")
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function on its first call, without the interpreter's lock; cached on disk."""
+    return _compiled(function, inline="never")
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """The same for a function that is copied to where it is called.
+
+    For results of many numbers, which cost more to hand over than to compute.
+    """
+    return _compiled(function, inline="always")
+
+
+def _compiled(function: Callable[..., Any], inline: Literal["never", "always"]) -> Any:
     folder = cache_folder()
     if folder is None:
-        return njit(nogil=True)(function)
+        return njit(nogil=True, inline=inline)(function)
     config: Any = numba.config  # filled at run time
     before = config.CACHE_DIR
     config.CACHE_DIR = folder
     try:
-        return njit(cache=True, nogil=True)(function)
+        return njit(cache=True, nogil=True, inline=inline)(function)
     finally:
         config.CACHE_DIR = before
 

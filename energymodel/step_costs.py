@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.compiled import compiled
+from energymodel.compiled import compiled, inlined
 
 Array = NDArray[np.float64]
 
@@ -90,7 +90,7 @@ def under_limit(memory, compute, fixed, core, host, gap, base, cap, exponent):  
     return x, g, seconds, 0.0
 
 
-@compiled
+@inlined
 def pass_parts(tokens, rows, att, prefills, decodes, tables, pipeline):  # type: ignore[no-untyped-def]
     """Costs of one pass through a model, by what they depend on.
 
