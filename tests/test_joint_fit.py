@@ -120,6 +120,16 @@ def test_every_gpu_has_a_calibration_with_an_interval_as_wide_as_its_origin() ->
     assert max(widths["measured"]) < min(widths["datasheet"])
 
 
+def test_another_chip_keeps_the_kernel_times_of_its_own_tables() -> None:
+    # the H100's correction took the A100's products to 336 TFLOP/s, of 312 in its datasheet
+    own = load_calibration(str(DATA / "public" / "a100.json"))
+    moved = transfer("a100", load_calibration("h100"))
+    for told in own.provenance["rows"]:
+        assert moved.kernels[told].compute_efficiency == own.kernels[told].compute_efficiency
+        assert moved.kernels[told].call_seconds == own.kernels[told].call_seconds
+    assert moved.kernels["elementwise"].call_seconds != own.kernels["elementwise"].call_seconds
+
+
 def test_transfer_refuses_what_no_rule_covers() -> None:
     with pytest.raises(EnergyModelError, match="Known"):
         transfer("b300", load_calibration("h100"))

@@ -3,9 +3,10 @@
     python -m calibration.fitting.transfer h200 --measured h100 \
         --out profiles/calibrations/h200.json
 
-A GPU with kernels fitted to public tables (`data/public`) keeps them, each changed by the factor
-by which measurement changed the measured GPU's public fit. Any other GPU takes the measured one's
-shares of its own datasheet. Stacks (times of the host) are the measured ones.
+A GPU with kernels fitted to public tables (`data/public`) keeps them; with the same chip, each is
+changed by the factor by which measurement changed the measured GPU's public fit. Any other GPU
+takes the measured one's shares of its own datasheet. Stacks (times of the host) are the measured
+ones.
 
 Energies: with the same chip, as measured. Otherwise
 
@@ -58,15 +59,15 @@ def transfer(name: str, measured: Calibration) -> Calibration:
     """
     rules = json.loads(RULES_FILE.read_text(encoding="utf-8"))
     here, there = load_gpu(name), load_gpu(measured.gpu)
+    same_chip = (measured.gpu, name) in _SAME_CHIP
     public = DATA / "public" / f"{name}.json"
     if public.exists():
-        start = _with_measured_factors(load_calibration(str(public)), measured)
+        start = _with_measured_factors(load_calibration(str(public)), measured, same_chip)
         origin = "public-data"
     else:
         start = _shares_of_datasheet(measured, here, there)
         origin = "datasheet"
     start = replace(start, gpu=name, stacks=measured.stacks, power_cap_watts=here.tdp_watts)
-    same_chip = (measured.gpu, name) in _SAME_CHIP
     if same_chip:  # the L2 is as fast, whatever memory lies behind it
         slower = there.hbm_bytes_per_s / here.hbm_bytes_per_s
         start = replace(start, onchip_speedup=measured.onchip_speedup * slower)
@@ -114,13 +115,22 @@ def start_from(name_or_path: str, gpu: str) -> Calibration:
     return replace(moved, gpu=found.gpu, origin=found.origin, intervals=found.intervals)
 
 
-def _with_measured_factors(public: Calibration, measured: Calibration) -> Calibration:
-    """Kernel times of the public fit, changed as measurement changed the measured GPU's."""
+def _with_measured_factors(
+    public: Calibration, measured: Calibration, same_chip: bool
+) -> Calibration:
+    """Kernel times of the public fit, changed as measurement changed the measured GPU's.
+
+    On another chip, operator classes that the public tables hold keep their own times: how far one
+    GPU's tables are from what it sustains says nothing of another's (the A100's reach 96 % of the
+    datasheet's peak, the H100's correction would take them above it).
+    """
     before = load_calibration(str(DATA / "public" / f"{measured.gpu}.json"))
+    told = set() if same_chip else set(public.provenance["rows"])
     values = {}
     for parameter in PARAMETERS:
         path = parameter.paths[0]
-        if path.startswith("kernels.") and not path.endswith(("watts", "factor")):
+        is_time = path.startswith("kernels.") and not path.endswith(("watts", "factor"))
+        if is_time and path.split(".")[1] not in told:
             new, old = value_at(measured, path), value_at(before, path)
             values[path] = value_at(public, path) * new / old if old > 0 else new
     changed = with_values(public, values)
