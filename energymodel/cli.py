@@ -120,13 +120,7 @@ def predict(
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest context served.", show_default="the model's")
     ] = None,
-    gpu_memory_utilization: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of a GPU's memory for weights and KV cache (vLLM 0.22: 0.92).",
-            show_default="0.9",
-        ),
-    ] = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
     dtype: Annotated[
         str, typer.Option(help="Weights: bf16, fp16, fp8, int8, int4, mxfp4, fp32.")
     ] = DEFAULT_DTYPE,

@@ -17,6 +17,15 @@ TraceFormat = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse traces with bad rows.")]
 DrawnSeed = Annotated[int, typer.Option(help="Seed of drawn workloads.")]
 
+# how it is served
+GpuMemoryUtilization = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of a GPU's memory for weights and KV cache (vLLM 0.22: 0.92).",
+        show_default="0.9",
+    ),
+]
+
 # what is asked of a fleet
 Objective = Annotated[str, typer.Option(help="energy, cost or carbon.")]
 TtftTarget = Annotated[float | None, typer.Option(help="Most time to first token [s].")]

@@ -45,13 +45,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Dtypes to try, separated by commas.")] = DEFAULT_DTYPE,
     tensor_parallel: Annotated[str, typer.Option(help="Splits to try.")] = "1,2",
     max_batch: Annotated[str, typer.Option(help="Batch limits to try.")] = "64,256",
-    gpu_memory_utilization: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of a GPU's memory for weights and KV cache (vLLM 0.22: 0.92).",
-            show_default="0.9",
-        ),
-    ] = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
     power_limit: Annotated[
         str | None,
         typer.Option(help="Board power limits to try [W].", show_default="the GPU's own"),
