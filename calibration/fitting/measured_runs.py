@@ -18,7 +18,7 @@ from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model, model_from_config
 from energymodel.operators import moe_spec
-from energymodel.specs import STATIC_STACKS
+from energymodel.specs import STATIC_STACKS, MoeSpec
 from energymodel.traces import Requests
 
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
@@ -54,14 +54,14 @@ def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[Lef
     for path in _files(source):
         engines: dict[tuple[str, int], Mapping[str, Any]] = {}
         records = list(_records(path, reasons))
-        counted = {(r["plan"], r["run"]) for _, r in records if r["kind"] == "experts"}
+        counted = {(r["plan"], r["run"]): r["experts"] for _, r in records if r.get("experts")}
         for number, record in records:
             try:
                 if record["kind"] == "engine":
                     engines[record["plan"], record["run"]] = record
                 elif record["kind"] in ("run", "steady"):
                     run = record["plan"], record["run"]
-                    item = _row(record, engines.get(run), experts_counted=run in counted)
+                    item = _row(record, engines.get(run), experts=counted.get(run))
                     if isinstance(item, str):
                         reasons[item] += 1
                     else:
@@ -119,10 +119,26 @@ def _records(path: Path, reasons: Counter[str]) -> Iterator[tuple[int, dict[str,
         yield number, record
 
 
+def _strange_routing(moe: MoeSpec, experts: Sequence[Mapping[str, float]] | None) -> str | None:
+    """Why a run does not tell what a served mixture of experts takes, or None if it does."""
+    if not experts:
+        return "mixture of experts whose chosen experts were not counted"
+    several = [e["distinct_mean"] for e in experts if e["step_tokens"] > 1]
+    if several and max(several) <= moe.experts_per_token:
+        return "mixture of experts of which every token chose the same, as no trained model does"
+    return None
+
+
 def _row(
-    record: Mapping[str, Any], engine: Mapping[str, Any] | None, *, experts_counted: bool
+    record: Mapping[str, Any],
+    engine: Mapping[str, Any] | None,
+    *,
+    experts: Sequence[Mapping[str, float]] | None,
 ) -> MeasuredRow | str:
-    """Turn a record of kind `run` or `steady` into a row, or say why it is none."""
+    """Turn a record of kind `run` or `steady` into a row, or say why it is none.
+
+    `experts` are the counts of the engine's experts by size of step, None where none were made.
+    """
     if engine is None:
         raise EnergyModelError("a run without the record of its engine before it")
     if not record["window"]["valid"]:
@@ -139,8 +155,8 @@ def _row(
         return "speculative_config without a draft model, or without an imposed acceptance"
     model_name = Path(record["model"]).name.removesuffix(".json")
     model = model_from_config(engine["config"], name=model_name)
-    if moe_spec(model) is not None and not experts_counted:
-        return "mixture of experts whose chosen experts were not counted"
+    if (moe := moe_spec(model)) is not None and (why := _strange_routing(moe, experts)):
+        return why
     boards = engine["identity"]["gpus"]
     gpu = load_gpu(boards[0]["name"]).name
     name = f"{model_name} {record['case_name'].removeprefix('static-').replace('-', ' ')}"

@@ -18,6 +18,7 @@ from calibration.serving.engine import (
     clock,
     torch_settings,
 )
+from calibration.serving.expert_counts import counted_experts, summarised
 from calibration.serving.plan import EngineRun, Requests, model_config
 from energymodel.errors import ConfigurationError
 
@@ -239,52 +240,22 @@ class VllmEngine:
         (mean, least, most over layers and steps) and the fullest expert's share of the tokens.
         Empty for a dense model.
         """
-        import torch  # noqa: PLC0415
         from vllm.config import CUDAGraphMode  # noqa: PLC0415
         from vllm.forward_context import BatchDescriptor  # noqa: PLC0415
-
-        context = self.engine.vllm_config.compilation_config.static_forward_context
-        routers = [
-            layer.router
-            for layer in context.values()
-            if hasattr(getattr(layer, "router", None), "set_capture_fn")
-        ]
-        if not routers:
-            return []
-        seen: dict[int, list[tuple[int, float]]] = {}
-
-        def capture(expert_ids: Any) -> None:
-            counts = torch.bincount(expert_ids.flatten().long())
-            distinct, most = int((counts > 0).sum()), int(counts.max())
-            tokens = int(expert_ids.shape[0])
-            seen.setdefault(tokens, []).append((distinct, most / tokens))
 
         def no_graph(num_tokens: int, **_: Any) -> Any:
             return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
 
-        dispatcher = self.engine.model_executor.driver_worker.worker.model_runner
-        dispatcher = dispatcher.cudagraph_dispatcher
-        try:
-            dispatcher.dispatch = no_graph
-            for router in routers:
-                router.set_capture_fn(capture)
-            self.run(self.prepare(requests, prompts), float("inf"))
-        finally:
-            for router in routers:
-                router.set_capture_fn(None)
-            del dispatcher.dispatch  # the class's own method again
-        return [
-            {
-                "batch": batch,
-                "step_tokens": tokens,
-                "layer_steps": len(values),
-                "distinct_mean": float(np.mean([v[0] for v in values])),
-                "distinct_min": float(min(v[0] for v in values)),
-                "distinct_max": float(max(v[0] for v in values)),
-                "fullest_share_mean": float(np.mean([v[1] for v in values])),
-            }
-            for tokens, values in sorted(seen.items())
-        ]
+        worker = self.engine.model_executor.driver_worker.worker
+        dispatcher = worker.model_runner.cudagraph_dispatcher
+        context = self.engine.vllm_config.compilation_config.static_forward_context
+        with counted_experts(context.values()) as seen:
+            try:
+                dispatcher.dispatch = no_graph
+                self.run(self.prepare(requests, prompts), float("inf"))
+            finally:
+                del dispatcher.dispatch  # the class's own method again
+        return summarised(seen, batch)
 
 
 def _randomise(model: Any, std: float, seed: int) -> int:
