@@ -128,7 +128,11 @@ def predict(
         str | None, typer.Option(help="KV cache: bf16, fp16 or fp8.", show_default="bf16")
     ] = None,
     decoding: Annotated[
-        str, typer.Option(help="greedy, sampling (top-p), or beam:N with --stack transformers.")
+        str,
+        typer.Option(
+            help="greedy, sampling (top-p), sampling-sorted (top-p as vLLM up to 0.11 draws), or "
+            "beam:N with --stack transformers."
+        ),
     ] = "greedy",
     draft_model: Annotated[
         str | None, typer.Option(help="Model that drafts tokens, named as --model is.")

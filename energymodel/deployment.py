@@ -142,14 +142,14 @@ def deploy(
 
 
 def _decoding(decoding: str, stack: str) -> tuple[Decoding, int]:
-    """Strategy and beams from `greedy`, `sampling` or `beam:N`."""
-    if decoding in ("greedy", "sampling"):
+    """Strategy and beams from `greedy`, `sampling`, `sampling-sorted` or `beam:N`."""
+    if decoding in ("greedy", "sampling", "sampling-sorted"):
         return decoding, 1  # type: ignore[return-value]
     name, _, number = decoding.partition(":")
     if name != "beam" or not number.isdecimal() or not 1 <= int(number) <= _MOST_BEAMS:
         raise ConfigurationError(
-            f"--decoding {decoding} is unknown; it is greedy, sampling or beam:N, N hypotheses "
-            f"from 1 to {_MOST_BEAMS}"
+            f"--decoding {decoding} is unknown; it is greedy, sampling, sampling-sorted or beam:N, "
+            f"N hypotheses from 1 to {_MOST_BEAMS}"
         )
     if int(number) == 1:
         return "greedy", 1

@@ -108,9 +108,19 @@ class _Operator:
     block_bytes: float = 0.0
 
 
+_SORTED = ("top_p", 340.0, 70)
+"""Top-p over the sorted vocabulary in torch's operators, as vLLM up to 0.11 and Transformers draw.
+
+So that, as work of the class `elementwise`, it takes what the kernel windows `sampling.sorted` took
+on the H100: within 3 % of the seconds for 64 and 256 rows, -10 and +40 % for 8 and 1; joules -19 to
+-4 % for 8 rows and more. It is 20 % short on the H200, whose memory is faster and whose sort is
+not."""
+
 _CHOICES: Mapping[tuple[str, bool], tuple[str, float, int]] = {
     ("sampling", False): ("top_p", 52.0, 5),
-    ("sampling", True): ("top_p", 180.0, 16),
+    ("sampling-sorted", False): _SORTED,
+    ("sampling", True): _SORTED,
+    ("sampling-sorted", True): _SORTED,
     ("beam", True): ("beam_top_k", 40.0, 26),
 }
 """What choosing a token launches beyond greedy decoding, by strategy and whether batches are
@@ -119,10 +129,6 @@ static: name, bytes per logit in 32 bit, kernels.
 vLLM 0.22 without FlashInfer, 8 rows or more (`TopKTopPSampler.forward_native`, `random_sample`):
 division by the temperature 8, the Triton top-p filter (two passes that read, one that masks) 16,
 softmax 12, exponential draws 4, division by them 12.
-
-Transformers (`TopPLogitsWarper`, `multinomial`): temperature 8; the sort is a radix sort of 4-byte
-keys with 8-byte indices, a pass over the keys and four that read and write both, 100; softmax
-12, cumulative sum 8, comparison 5, scatter of the mask 10, fill 9, softmax 12, draws 16.
 
 Beam search in Transformers (`_beam_search`): log-softmax 12, addition of the beams' scores 8, top-k
 over beams x vocabulary 20 (four passes of a radix select and one that gathers); the rest are small

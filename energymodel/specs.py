@@ -11,7 +11,7 @@ from typing import Literal
 
 Origin = Literal["measured", "public-data", "datasheet"]
 Stack = Literal["vllm", "vllm-eager", "transformers", "transformers-compile"]
-Decoding = Literal["greedy", "sampling", "beam"]
+Decoding = Literal["greedy", "sampling", "sampling-sorted", "beam"]
 
 STATIC_STACKS: tuple[Stack, ...] = ("transformers", "transformers-compile")
 """Stacks whose batches start and end together; the others batch continuously."""

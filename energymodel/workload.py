@@ -115,7 +115,8 @@ def predict(
     kv_dtype : str, optional
         Stored dtype of the KV cache: bf16 (if not given), fp16 or fp8.
     decoding : str
-        `greedy`, `sampling` (temperature and top-p) or `beam:N` (Transformers).
+        `greedy`, `sampling` (temperature and top-p), `sampling-sorted` (the same over the sorted
+        vocabulary, as vLLM up to 0.11 and Transformers draw) or `beam:N` (Transformers).
     draft_model : str or ModelSpec, optional
         Model that drafts tokens for vLLM to check (speculative decoding).
     draft_tokens : int, optional

@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import calibration, gpu, tiny
 
+from energymodel.calibrations import load_calibration
 from energymodel.costs import cost_tables, kv_blocks
 from energymodel.deployment import STACKS
 from energymodel.errors import ConfigurationError
-from energymodel.operators import STATS, OperatorTable, operator_table
+from energymodel.gpus import load_gpu
+from energymodel.models import load_model
+from energymodel.operators import STATS, OperatorTable, operator_table, step_stats
 from energymodel.results import Prediction
+from energymodel.roofline import operator_costs
 from energymodel.simulator import Simulation, simulate
 from energymodel.specs import ModelSpec, ServingConfig
 from energymodel.traces import Requests
@@ -60,7 +64,8 @@ def served(stack: str, rows: list[tuple[int, int]], model: ModelSpec, **more: An
     [
         ("vllm", "greedy", 14.0),
         ("vllm", "sampling", 14.0 + 52.0),
-        ("transformers", "sampling", 14.0 + 180.0),
+        ("vllm", "sampling-sorted", 14.0 + 340.0),
+        ("transformers", "sampling", 14.0 + 340.0),
         ("transformers", "beam:4", 14.0 + 40.0),
     ],
 )
@@ -84,6 +89,20 @@ def test_sampling_costs_more_than_greedy_and_nothing_else_changes(stack: str) ->
         assert joules == pytest.approx(greedy.by_operator_joules[name], rel=1e-9)
     assert sampled.steps == greedy.steps
     assert (greedy.inputs["decoding"], sampled.inputs["decoding"]) == ("greedy", "sampling")
+
+
+@pytest.mark.parametrize(("rows", "microseconds"), [(64, 1315.6), (256, 4446.0)])
+def test_a_sorted_vocabulary_takes_what_it_took_on_an_h100(rows: int, microseconds: float) -> None:
+    """Medians of the windows `sampling.sorted`, which end with the choice of the largest value."""
+    model, h100 = load_model("llama-3.1-8b"), load_gpu("h100")
+    table = operator_table(model, ServingConfig(stack="vllm", decoding="sampling-sorted"))
+    size = np.array([float(rows)])
+    costs = operator_costs(
+        table, step_stats(model, tokens=size, rows=size), h100, load_calibration("h100")
+    )
+    seconds = (costs.memory_seconds + costs.compute_seconds)[0]
+    taken = sum(seconds[table.names.index(name)] for name in ("top_p", "sampling"))
+    assert 1e6 * taken == pytest.approx(microseconds, rel=0.04)
 
 
 # --- beam search -------------------------------------------------------------------------------
@@ -178,7 +197,7 @@ def test_compiled_steps_launch_no_kernels_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoding": "nucleus"}, "greedy, sampling or beam:N"),
+        ({"decoding": "nucleus"}, "sampling-sorted or beam:N"),
         ({"decoding": "beam:0"}, "from 1 to 64"),
         ({"decoding": "beam:many"}, "from 1 to 64"),
         ({"decoding": "beam:4"}, "sends every hypothesis anew"),

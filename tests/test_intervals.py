@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shapes import calibration, gpu, tiny
 
-from calibration.fitting.fit_errors import narrowest
+from calibration.fitting.fit_errors import bound, narrowest, ratio_errors
 from energymodel.calibrations import IntervalCalibration
 from energymodel.workload import predict
 
@@ -48,18 +49,45 @@ def test_a_prediction_widens_by_its_own_waiting() -> None:
 
 
 def test_the_narrowest_interval_by_hand() -> None:
-    # ten runs, nine to hold; four of them wait 10 or 20 % of their energy and err by as much more
+    # nine of ten hold the next one with 9 / 11; four wait 10 or 20 % of their energy and err more
     errors = np.array([0.01, 0.01, 0.02, 0.02, 0.02, 0.02, 0.05, 0.05, 0.10, 0.30])
     waiting = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2])
-    size, spread = narrowest(errors, waiting)
+    size, spread = narrowest(errors, waiting, level=0.8)
     # at 2 %: sqrt(0.05^2 - 0.02^2) / 0.1 = 0.458, sqrt(0.1^2 - 0.02^2) / 0.2 = 0.490
     assert size == 0.02
     assert spread == pytest.approx(0.4899, abs=1e-4)
 
 
+def test_a_bound_leaves_the_next_error_its_chance() -> None:
+    assert bound(np.arange(1.0, 20.0)) == 18.0  # ceil(0.9 x 20) of 19
+    assert bound(np.arange(1.0, 19.0)) == 18.0  # 18 runs: their largest
+    assert bound(np.array([0.3, 0.1])) == 0.3  # too few to promise 90 %
+
+
+@given(st.integers(9, 60), st.integers(0, 2**32 - 1))
+def test_a_bound_holds_the_share_that_it_promises(n: int, seed: int) -> None:
+    """Of n + 1 exchangeable errors each is the next one of the others as often as any."""
+    errors = np.random.default_rng(seed).permutation(n + 1).astype(float)
+    below = [errors[i] <= bound(np.delete(errors, i)) for i in range(n + 1)]
+    assert np.mean(below) >= 0.9
+
+
+def test_an_error_counts_by_the_interval_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predicted 80 and 125 J where 100 J were measured: both need 25 %."""
+    runs = [
+        SimpleNamespace(joules=100.0, predicted=80.0),
+        SimpleNamespace(joules=100.0, predicted=125.0),
+    ]
+    monkeypatch.setattr(
+        "calibration.fitting.fit_errors.simulated",
+        lambda runs, _: (np.array([runs[0].predicted]),),
+    )
+    assert ratio_errors([(run, None) for run in runs]) == pytest.approx([0.25, 0.25])  # type: ignore[misc]
+
+
 def test_without_waiting_the_narrowest_is_the_quantile() -> None:
     errors = np.linspace(0.01, 0.2, 20)
-    assert narrowest(errors, np.zeros(20)) == (pytest.approx(errors[17]), 0.0)
+    assert narrowest(errors, np.zeros(20)) == (pytest.approx(errors[18]), 0.0)
 
 
 @given(

@@ -188,6 +188,12 @@ def test_experts_that_were_not_counted_leave_a_run_out() -> None:
     assert reasons["mixture of experts whose chosen experts were not counted"] == 10
 
 
+def test_experts_that_every_token_shares_leave_a_run_out() -> None:
+    rows, left_out = read_own([DATA / "serving" / "h100-card-m.jsonl.gz"])
+    assert "gpt-oss-20b" not in {row.model_name for row in rows}
+    assert [e.rows for e in left_out if "every token chose the same" in e.reason] == [6]
+
+
 def test_only_what_was_measured_is_fitted() -> None:
     start = load_calibration("h100")
 

@@ -226,9 +226,9 @@ def _scaled_energies(
 def _command(
     gpus: Annotated[list[str], typer.Argument(help="GPUs, as in profiles/gpus.")],
     measured: Annotated[str, typer.Option(help="Measured GPU, or its calibration file.")] = "h100",
-    out: Annotated[Path, typer.Option(help="Folder of the calibration files.")] = Path(
-        "profiles/calibrations"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the calibration files.", exists=True, file_okay=False)
+    ] = Path("profiles/calibrations"),
 ) -> None:
     """Write calibrations of GPUs that were not measured."""
     try:

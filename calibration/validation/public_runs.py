@@ -54,8 +54,9 @@ SOURCES: Mapping[str, PublicSource] = {
             "conversations so far, their lengths are not published: log-normal with a mean of "
             f"{V3_INPUT_TOKENS:.0f} tokens, which the published average batches imply (see below). "
             "Outputs: gamma distributed around the published mean. Tokens were drawn with top-p "
-            "0.95: predicted as sampling, with the filter of vLLM 0.22, where 0.11 sorts the whole "
-            "vocabulary. Not in the prediction: turns of one conversation may share prefixes."
+            "0.95, which 0.11 does by a sort of the whole vocabulary: predicted as "
+            "sampling-sorted, with what such a sort took on this project's H100s. Not in the "
+            "prediction: turns of one conversation may share prefixes."
         ),
     ),
     V2: PublicSource(
@@ -192,7 +193,7 @@ def saturated_row(
         "max_step_tokens": SERVER_STEP_TOKENS,
     }
     if source == V3:
-        options["decoding"] = "sampling"
+        options["decoding"] = "sampling-sorted"
     return MeasuredRow(
         source=source,
         name=name,
