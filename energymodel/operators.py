@@ -12,13 +12,14 @@ the architectures: GQA (Ainslie et al. 2023), MLA (DeepSeek-V2, section 2.1), Sw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.experts import distinct_experts, expert_activation_bytes, expert_rows
+from energymodel.sampling import BEYOND_GREEDY, GREEDY_BYTES_PER_LOGIT
 from energymodel.specs import (
     STATIC_STACKS,
     AttentionSpec,
@@ -48,7 +49,6 @@ STATS = (
 """Sufficient statistics of a step, in the order of the coefficient columns."""
 
 _STAT = {name: i for i, name in enumerate(STATS)}
-_LOGIT_PASSES_BYTES = 14.0  # per logit: 2 written, 2 read, 4 written as fp32, 4 + 2 read (argmax)
 SOFTMAX_WIDTH = 64.0
 """Head width whose products take as long as the exponential of a query-key pair: an SM does 16 a
 clock (CUDA C++ Programming Guide, arithmetic throughput) and 4,096 dense 16-bit FLOPs (H100
@@ -106,34 +106,6 @@ class _Operator:
     link_bytes: dict[str, float] | None = None
     tiles: dict[str, float] | None = None
     block_bytes: float = 0.0
-
-
-_SORTED = ("top_p", 340.0, 70)
-"""Top-p over the sorted vocabulary in torch's operators, as vLLM up to 0.11 and Transformers draw.
-
-So that, as work of the class `elementwise`, it takes what the kernel windows `sampling.sorted` took
-on the H100: within 3 % of the seconds for 64 and 256 rows, -10 and +40 % for 8 and 1; joules -19 to
--4 % for 8 rows and more. It is 20 % short on the H200, whose memory is faster and whose sort is
-not."""
-
-_CHOICES: Mapping[tuple[str, bool], tuple[str, float, int]] = {
-    ("sampling", False): ("top_p", 52.0, 5),
-    ("sampling-sorted", False): _SORTED,
-    ("sampling", True): _SORTED,
-    ("sampling-sorted", True): _SORTED,
-    ("beam", True): ("beam_top_k", 40.0, 26),
-}
-"""What choosing a token launches beyond greedy decoding, by strategy and whether batches are
-static: name, bytes per logit in 32 bit, kernels.
-
-vLLM 0.22 without FlashInfer, 8 rows or more (`TopKTopPSampler.forward_native`, `random_sample`):
-division by the temperature 8, the Triton top-p filter (two passes that read, one that masks) 16,
-softmax 12, exponential draws 4, division by them 12.
-
-Beam search in Transformers (`_beam_search`): log-softmax 12, addition of the beams' scores 8, top-k
-over beams x vocabulary 20 (four passes of a radix select and one that gathers); the rest are small
-kernels on a few numbers per beam.
-"""
 
 
 def compute_dtype(weight_dtype: str) -> str:
@@ -335,9 +307,11 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         op_class="sampling",
         compute_dtype="bf16",
         calls=1.0,
-        activation_bytes={"rows": model.vocab_size * _LOGIT_PASSES_BYTES},
+        activation_bytes={"rows": model.vocab_size * GREEDY_BYTES_PER_LOGIT},
     )
-    if (choice := _CHOICES.get((serving.decoding, serving.stack in STATIC_STACKS))) is not None:
+    if (
+        choice := BEYOND_GREEDY.get((serving.decoding, serving.stack in STATIC_STACKS))
+    ) is not None:
         name, bytes_per_logit, kernels = choice
         yield _elementwise(name, model.vocab_size * bytes_per_logit, 1.0, kernels, per="rows")
 
