@@ -60,7 +60,8 @@ class CostTables:
     host: Array
     """(11,) host and gap seconds, see `host_seconds`."""
     limits: Array
-    """(4,) base W, power limit W, clock-energy exponent, pipeline stages."""
+    """(5,) base W, power limit W, clock-energy exponent, pipeline stages, W beyond the base while
+    a GPU waits (`waiting_watts`)."""
     config: tuple[int, int, int, int, int]
     """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none)."""
     beams: int = 1
@@ -113,6 +114,7 @@ def cost_tables(
                 calibration.power_cap_watts,
                 calibration.clock_energy_exponent,
                 float(serving.pipeline_parallel),
+                waiting_watts(calibration, serving),
             ]
         ),
         config=(
@@ -159,6 +161,15 @@ def stack_calibration(calibration: Calibration, stack: str) -> StackCalibration:
             + unknown_name("stack", stack, known)
         )
     return calibration.stacks[stack]
+
+
+def waiting_watts(calibration: Calibration, serving: ServingConfig) -> float:
+    """Power [W] beyond the base of a GPU that waits for its host.
+
+    With tensor parallelism the first GPU to start a step spins in its first all-reduce until the
+    others come, and draws there what small all-reduces draw.
+    """
+    return calibration.kernels["communication"].active_watts * (serving.tensor_parallel > 1)
 
 
 def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:

@@ -313,18 +313,22 @@ def step_seconds_and_joules(
     calibration: Calibration,
     host_seconds: Array | float = 0.0,
     gap_seconds: Array | float = 0.0,
+    waiting_watts: Array | float = 0.0,
 ) -> tuple[Array, Array]:
     """Time [s] and energy [J] of steps from `OperatorCosts.tables()`, power limit applied.
 
     A step takes the longer of the GPU's and the host's time, and its gap. Where the limit binds
     although nothing is compute-bound, it is stretched until its average power meets the limit.
+    `waiting_watts` are drawn beyond the base while the GPU waits (`costs.waiting_watts`).
     """
     memory, compute, fixed, core = tables.T
     x = clock_under_cap(memory, compute, fixed, core, calibration, host_seconds, gap_seconds)
-    seconds = np.maximum(memory + compute / x, host_seconds) + gap_seconds
+    gpu = memory + compute / x
+    seconds = np.maximum(gpu, host_seconds) + gap_seconds
+    waiting_joules = waiting_watts * (seconds - gpu)
     dynamic = fixed + core * x**calibration.clock_energy_exponent
     seconds = np.maximum(seconds, dynamic / (calibration.power_cap_watts - calibration.base_watts))
-    return seconds, dynamic + calibration.base_watts * seconds
+    return seconds, dynamic + calibration.base_watts * seconds + waiting_joules
 
 
 def _kernel(calibration: Calibration, op_class: str) -> KernelCalibration:

@@ -16,6 +16,7 @@ from energymodel.costs import (
     _attention_sequences,
     kv_blocks,
     split_table,
+    waiting_watts,
 )
 from energymodel.operators import operator_table, step_stats, window_tokens
 from energymodel.roofline import operator_costs, step_seconds_and_joules
@@ -106,7 +107,8 @@ def step_cost(
         gap += stack.start_gap_seconds + stack.request_host_seconds * len(prefills)
     else:
         host += stack.request_host_seconds * len(prefills)
-    seconds, joules = step_seconds_and_joules(tables, calibration, host, gap)
+    waiting = waiting_watts(calibration, serving)
+    seconds, joules = step_seconds_and_joules(tables, calibration, host, gap, waiting)
     return float(seconds[0]), float(joules[0])
 
 

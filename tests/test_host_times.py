@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shapes import calibration
+from shapes import calibration, gpu, tiny
 
 from energymodel.costs import host_seconds
 from energymodel.models import load_model
 from energymodel.specs import Draft, ServingConfig
+from energymodel.workload import predict
 
 STACK = replace(
     calibration().stacks["vllm"],
@@ -55,6 +56,29 @@ def test_further_gpus_take_host_time() -> None:
     assert np.flatnonzero(two - one).tolist() == [0, 1, 2, 3]  # every kind of step, and sequences
     assert two[0] - one[0] == pytest.approx(5e-4)
     assert two[3] == pytest.approx(0.4 * one[3])
+
+
+def test_gpus_that_wait_for_each_other_spin_in_an_all_reduce() -> None:
+    """One draws the base while it waits for the host; two draw what small all-reduces draw."""
+    spinning = calibration()
+    kernels = dict(spinning.kernels)
+    kernels["communication"] = replace(kernels["communication"], active_watts=30.0)
+    spinning = replace(spinning, kernels=kernels)
+
+    def host_wait(gpus: int, with_spin: bool) -> float:
+        found = predict(
+            "summarization",
+            gpu=gpu(),
+            model=tiny(),
+            calibration=spinning if with_spin else calibration(),
+            tensor_parallel=gpus,
+        )
+        return found.by_component_joules["host_wait"]
+
+    base = calibration().base_watts
+    assert host_wait(1, with_spin=True) == pytest.approx(host_wait(1, with_spin=False))
+    ratio = host_wait(2, with_spin=True) / host_wait(2, with_spin=False)
+    assert ratio == pytest.approx((base + 30.0) / base)
 
 
 def test_a_draft_model_s_kernels_are_launched_one_by_one() -> None:

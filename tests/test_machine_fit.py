@@ -160,7 +160,7 @@ def test_eight_bit_products_get_their_own_efficiency_and_energy(tmp_path: Path) 
 
 
 def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
-    """Made up: 300 GB/s, 120 pJ/B above a base of 138.6 W on each of two boards.
+    """Made up: 300 GB/s, 120 pJ/B and 25 W above a base of 138.6 W on each of two boards.
 
     The time of small messages stays the start's: a serving engine sends them another way.
     """
@@ -175,7 +175,7 @@ def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
                 **{"launcher": "all_reduce", "family": "all_reduce", "shape": {"bytes": size}},
                 **{"flops": 0.0, "hbm_bytes": 0.0, "activation_bytes": 2 * size},
                 **{"link_bytes": size, "iteration_seconds": seconds},
-                "power_watts": 2 * (138.61 + 120e-12 * size / seconds),
+                "power_watts": 2 * (138.61 + 25.0 + 120e-12 * size / seconds),
             }
         )
     windows = write(tmp_path / "w.jsonl", some_kernels() + reduces)
@@ -188,6 +188,7 @@ def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
     start = load_calibration("h100").kernels["communication"]
     assert kernel.call_seconds == pytest.approx(start.call_seconds, rel=1e-5)
     assert fitted.joules_per_link_byte == pytest.approx(120e-12, rel=0.02)
+    assert kernel.active_watts == pytest.approx(25.0, abs=0.5)  # what waiting in one draws
     assert fitted.provenance["kernel_windows"]["communication"] == 6
     assert "communication" not in fitted.provenance["classes_not_measured"]
 

@@ -192,20 +192,24 @@ def _fit(runs: Sequence[Run], rows: KernelRows, gpu: GpuSpec, start: Calibration
 def fit_link(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> Calibration:
     """Calibration with rate and joules of the link fitted to large all-reduces, if there are some.
 
-    They are one shape family: nothing is held out. Joules per byte are what they drew above the
-    base. Small messages take another way in a serving engine, whose time only its runs tell.
+    They are one shape family: nothing is held out. Small messages take another way in a serving
+    engine, whose time only its runs tell; what they draw beyond the base is what waiting in an
+    all-reduce draws. Joules per byte are what large ones drew beyond both.
     """
     large = rows.pick(rows.link_bytes >= _NCCL_BYTES)
     if len(large) < _FEWEST_LINK_ROWS:
         return start
     kernel = fit_kernel_seconds(large, gpu, start, "communication", keep=("sharpness",))
     own = start.kernels["communication"]
-    above = (large.watts - start.base_watts) * large.seconds / large.link_bytes
+    spinning = max(0.0, float(rows.watts.min()) - start.base_watts)
+    above = (large.watts - start.base_watts - spinning) * large.seconds / large.link_bytes
     return replace(
         start,
         kernels={
             **start.kernels,
-            "communication": replace(own, memory_efficiency=kernel.memory_efficiency),
+            "communication": replace(
+                own, memory_efficiency=kernel.memory_efficiency, active_watts=spinning
+            ),
         },
         joules_per_link_byte=float(max(0.0, np.median(above))),
     )

@@ -77,7 +77,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     # vLLM's own all-reduce in a graph takes 4.9 us on the A100 (data/start/h100.json)
     Parameter(paths=("kernels.communication.call_seconds",), prior=0.3),
     Parameter(paths=("kernels.communication.memory_efficiency",), prior=0.3, high=1.1),
-    Parameter(paths=("joules_per_link_byte",), prior=1.0),
+    # all-reduces on two GPUs tell it; runs would have it pay for what GPUs do besides
+    Parameter(paths=("joules_per_link_byte",), prior=0.1),
     Parameter(paths=("onchip_speedup",), prior=0.3),
     Parameter(paths=("kernels.elementwise.memory_efficiency",), prior=0.3, high=1.1),
     Parameter(paths=("kernels.elementwise.call_seconds",), prior=0.3),

@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 
 from calibration.fitting.fit_kernels import row_tables
 from energymodel.calibrations import Calibration
-from energymodel.costs import ATTENTION_STATS, host_seconds, other_passes, split_table
+from energymodel.costs import (
+    ATTENTION_STATS,
+    host_seconds,
+    other_passes,
+    split_table,
+    waiting_watts,
+)
 from energymodel.deployment import Deployment
 from energymodel.operators import OperatorTable, operator_table, step_stats
 from energymodel.roofline import (
@@ -278,6 +284,8 @@ class RecordedRuns:
     """(steps, 11 hosts) weights of `costs.host_seconds` of each of `hosts` in the host's time."""
     gap: Any
     """(steps, 11 hosts) weights of them in the gap."""
+    step_hosts: NDArray[np.int64]
+    """(steps,) which of `hosts` a step is of."""
     first_steps: NDArray[np.int64]
     """(runs,) first step of each."""
     until_first_token: Array
@@ -301,7 +309,10 @@ class RecordedRuns:
             ]
         )
         longer = _smooth_maximum(tables[:, 0] + tables[:, 1], self.host @ host, rounding)
-        seconds, joules = step_seconds_and_joules(tables, calibration, longer, self.gap @ host)
+        waiting = [waiting_watts(calibration, serving) for _, serving in self.hosts]
+        seconds, joules = step_seconds_and_joules(
+            tables, calibration, longer, self.gap @ host, np.array(waiting)[self.step_hosts]
+        )
 
         def by_run(values: Array) -> Array:
             return np.asarray(np.add.reduceat(values, self.first_steps))
@@ -334,7 +345,7 @@ def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
     number = {id(d): i for i, d in enumerate(deployments)}
     columns: dict[tuple[int, Part], int] = {}
     entries = _Entries(), _Entries(), _Entries()
-    first_steps, until_first_token = [], []
+    first_steps, until_first_token, step_hosts = [], [], []
     length = 0
     for deployment, requests in runs:
         d = number[id(deployment)]
@@ -351,6 +362,7 @@ def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
                     matrix.add(at, _HOST_FIELDS * d + j, np.full(count, weights[j]))
             length += count
         until_first_token.append(_median_weights(recording, length - first_steps[-1]))
+        step_hosts.append(np.full(length - first_steps[-1], d))
     kernels, parts = _kernels(deployments, columns, gpu)
     hosts = length, _HOST_FIELDS * len(deployments)
     return RecordedRuns(
@@ -360,6 +372,7 @@ def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
         hosts=tuple((d.model, d.serving) for d in deployments),
         host=csr_array(entries[1].matrix(), shape=hosts),
         gap=csr_array(entries[2].matrix(), shape=hosts),
+        step_hosts=np.concatenate(step_hosts),
         first_steps=np.array(first_steps),
         until_first_token=np.concatenate(until_first_token),
         gpus=np.array([float(d.gpus_per_replica) for d, _ in runs]),
