@@ -21,8 +21,8 @@ Pairs = Sequence[tuple[Run, Calibration]]
 _FEWEST_RUNS, _FEWEST_OWN_RUNS = 5, 3
 """Held-out runs that an interval takes at least: of a written split, and of one machine's own."""
 _ENOUGH_RUNS, _RUNS_FOR_P90 = 19, 10
-"""Runs from which on `bound` is less than their largest error; for one machine's own runs, which
-are like each other, p90 of fewer will do."""
+"""Runs from which on `bound` is less than their largest error; and runs of one machine, which are
+like each other, from which on `bound` is taken as it is."""
 _WIDER = 1.25
 _ONE_MODEL = 2.0
 """Widening where one model was measured: a fit to Llama-3.1-8B on one H100 had a p90 of 7.7 % by

@@ -216,11 +216,14 @@ def figures(boards: Sequence[Board], errors: Mapping[str, HeldOut]) -> dict[str,
             lower_label="energy [pJ/FLOP]",
             reference=None,
         )
-    pairs = list(repeats(boards))
+    gpus = {board.name: board.gpu for board in boards}
+    pairs: dict[str, list[Sequence[Repeat]]] = {}
+    for pair in repeats(boards):
+        pairs.setdefault(gpus[pair[0].boards[0]].upper(), []).append(pair)
     if pairs:
         found[BOARDS] = board_differences(
             {
-                title: [_cloud(pair, value) for pair in pairs]
+                title: [_cloud(gpu, each, value) for gpu, each in pairs.items()]
                 for title, value in _DIFFERENCES.items()
             },
             bar=BAR,
@@ -248,11 +251,17 @@ _DIFFERENCES: Mapping[str, Callable[[Repeat], float | None]] = {
 }
 
 
-def _cloud(pair: Sequence[Repeat], value: Callable[[Repeat], float | None]) -> Cloud:
-    known = [(float(r.first["power_watts"]), v) for r in pair if (v := value(r)) is not None]
-    return Cloud(
-        label=" and ".join(pair[0].boards), x=[x for x, _ in known], y=[y for _, y in known]
-    )
+def _cloud(
+    gpu: str, pairs: Sequence[Sequence[Repeat]], value: Callable[[Repeat], float | None]
+) -> Cloud:
+    known = [
+        (float(r.first["power_watts"]), v)
+        for pair in pairs
+        for r in pair
+        if (v := value(r)) is not None
+    ]
+    count = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of boards"
+    return Cloud(label=f"{gpu}, {count}", x=[x for x, _ in known], y=[y for _, y in known])
 
 
 def _stated() -> tuple[list[float], list[float]]:
