@@ -20,6 +20,8 @@ Energy of a step whose GPU time is t:
 with useful FLOPs F (rows of zeros that pad a tile switch no transistors) and with H twice: bytes
 from device memory cross the chip as those from the L2 do. Where one thread block passes a row,
 e_onchip is larger by `block_joules_per_byte`.
+A step in which the host takes longer adds the base for the time that its GPU waits, and, in a
+tensor-parallel group, what spinning in an all-reduce draws (`costs.waiting_watts`).
 
 When that average power exceeds the board's limit, the clock falls to a share x of its highest
 (`clock_under_cap`): compute-bound time grows as 1/x and core energy falls as x**a, because
