@@ -9,7 +9,7 @@ from energymodel.costs import CostTables, cost_tables
 from energymodel.errors import CapacityError, ConfigurationError, ProfileError, unknown_name
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
-from energymodel.operators import compute_dtype
+from energymodel.operators import WEIGHTS_ONLY, compute_dtype
 from energymodel.specs import (
     DEFAULT_DTYPE,
     DEFAULT_GPU_MEMORY_UTILIZATION,
@@ -249,6 +249,12 @@ def setup_warnings(deployment: Deployment) -> list[str]:
         warnings.append(
             "the interval is mostly that of greedy decoding without drafts; few or none of the "
             f"runs it rests on had {other}"
+        )
+    if packed := {serving.weight_dtype, model.expert_dtype} & WEIGHTS_ONLY:
+        names = " or ".join(sorted(map(str, packed)))
+        warnings.append(
+            f"no kernel with {names} weights was measured: they are "
+            "predicted as 16-bit ones with fewer bytes, and the interval does not cover that"
         )
     if calibration.gpu != gpu.name:
         warnings.append(

@@ -108,9 +108,13 @@ class _Operator:
     block_bytes: float = 0.0
 
 
+WEIGHTS_ONLY = frozenset({"int4", "mxfp4"})
+"""Formats of stored weights that are unpacked to 16 bit before they are multiplied."""
+
+
 def compute_dtype(weight_dtype: str) -> str:
     """Dtype of the matrix units for a weight dtype: weight-only formats compute in bf16."""
-    return {"int4": "bf16", "mxfp4": "bf16", "fp16": "fp16"}.get(weight_dtype, weight_dtype)
+    return "bf16" if weight_dtype in WEIGHTS_ONLY else weight_dtype
 
 
 def _gemm(

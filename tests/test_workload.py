@@ -594,6 +594,14 @@ def test_a_checkpoint_smaller_than_the_dtype_served_is_pointed_out() -> None:
     assert run(trace((0.0, 10, 5)), model=model, gpu=without).warnings == ()
 
 
+def test_weights_that_are_unpacked_first_are_warned_of() -> None:
+    said = "no kernel with int4 weights was measured"
+    assert any(said in w for w in run(trace((0.0, 10, 5)), dtype="int4").warnings)
+    assert not any("no kernel" in w for w in run(trace((0.0, 10, 5)), dtype="fp8").warnings)
+    packed = replace(tiny(experts=8), expert_dtype="mxfp4")
+    assert any("with mxfp4 weights" in w for w in run(trace((0.0, 10, 5)), model=packed).warnings)
+
+
 def test_no_number_of_gpus_is_named_that_the_heads_do_not_allow() -> None:
     (layer,) = llama_8b().layers
     odd = replace(layer, attention=replace(layer.attention, num_heads=35, num_kv_heads=7))
