@@ -36,7 +36,7 @@ _OTHER_KERNELS = ("kv_write", "rotary", "embedding", "sample_random", "sample_so
 """Launchers that are no rows of their class: writes scattered over the cache, gathers and drawing
 random tokens are bound by other things than their bytes (two of them reach 0.8 TB/s where norms
 reach 4), and are small parts of a step. Left out after their residuals had been seen, but for the
-sorted draw, which no window shows yet."""
+sorted draw, whose windows say what it costs as a whole (`energymodel/sampling.py`)."""
 
 
 def read_windows(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Calibrations of GPUs that were not measured, from one that was.
 
-    python -m calibration.fitting.transfer h200 --measured h100 \
-        --out profiles/calibrations/h200.json
+    python -m calibration.fitting.transfer l4 b200 --measured h100 --out profiles/calibrations
 
 A GPU with kernels fitted to public tables (`data/public`) keeps them; with the same chip, each is
 changed by the factor by which measurement changed the measured GPU's public fit. Any other GPU
