@@ -144,8 +144,10 @@ def prepare(case: Case, bed: Bed) -> Work:
     # these modules build on this one
     from calibration.kernels.launchers_memory import MEMORY_LAUNCHERS  # noqa: PLC0415
     from calibration.kernels.launchers_model import MODEL_LAUNCHERS  # noqa: PLC0415
+    from calibration.kernels.launchers_packed import PACKED_LAUNCHERS  # noqa: PLC0415
 
-    return {**LAUNCHERS, **MEMORY_LAUNCHERS, **MODEL_LAUNCHERS}[case.launcher](case, bed)
+    known = {**LAUNCHERS, **MEMORY_LAUNCHERS, **MODEL_LAUNCHERS, **PACKED_LAUNCHERS}
+    return known[case.launcher](case, bed)
 
 
 def normal(bed: Bed, *shape: int, scale: float = 1.0, dtype: Any = torch.bfloat16) -> Any:

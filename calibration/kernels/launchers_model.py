@@ -42,7 +42,7 @@ def routings(case: Case, count: int) -> Any:
     return scores.topk(top_k, dim=-1).indices
 
 
-def _routing_counts(case: Case, ids: Any) -> tuple[Any, float]:
+def routing_counts(case: Case, ids: Any) -> tuple[Any, float]:
     """Tokens per expert (routings, experts), and the mean number of distinct experts."""
     experts = int(case.shape["experts"])
     counts = torch.stack([torch.bincount(r.flatten(), minlength=experts) for r in ids])
@@ -73,7 +73,7 @@ def moe_fused(case: Case, bed: Bed) -> Work:
         int(case.shape[n]) for n in ("tokens", "experts", "top_k", "hidden")
     )
     chosen = routings(case, _ROUTINGS)
-    counts, distinct = _routing_counts(case, chosen)
+    counts, distinct = routing_counts(case, chosen)
     weights = _expert_weights(case, bed)
     x = normal(bed, tokens, hidden)
     ids = chosen.to(device=bed.device, dtype=torch.int32).contiguous()
@@ -129,7 +129,7 @@ def moe_grouped(case: Case, bed: Bed) -> Work:
         int(case.shape[n]) for n in ("tokens", "top_k", "width", "hidden")
     )
     chosen = routings(case, _ROUTINGS)
-    counts, distinct = _routing_counts(case, chosen)
+    counts, distinct = routing_counts(case, chosen)
     weights = [(a.transpose(1, 2), b.transpose(1, 2)) for a, b in _expert_weights(case, bed)]
     x = normal(bed, tokens, hidden)
     shares = torch.rand(tokens * top_k, 1, device=bed.device).to(torch.bfloat16)
@@ -162,7 +162,7 @@ def moe_loop(case: Case, bed: Bed) -> Work:
         int(case.shape[n]) for n in ("tokens", "experts", "top_k", "hidden")
     )
     chosen = routings(case, _ROUTINGS)
-    _, distinct = _routing_counts(case, chosen)
+    _, distinct = routing_counts(case, chosen)
     weights = _expert_weights(case, bed)
     x = normal(bed, tokens, hidden)
     ids = chosen.to(bed.device)

@@ -19,6 +19,8 @@ OVERHEAD_SECONDS = 0.5
 """Typical time of a case besides warm-up and window: buffers, capture, two half ticks."""
 COMPILE_SECONDS = 2.0
 """Typical time to compile the two Triton kernels of one fused MoE configuration."""
+PACKED_COMPILE_SECONDS = 8.0
+"""As `COMPILE_SECONDS`, of the kernels that unpack experts and route themselves."""
 
 _BF16 = 2.0
 
@@ -91,6 +93,11 @@ _EXPERTS = {
     "olmoe-1b-7b": (64, 8, 1024, 2048),
     "qwen3-30b-a3b": (128, 8, 768, 2048),
     "mixtral-8x7b": (8, 2, 14336, 4096),
+}
+_PACKED_EXPERTS = {
+    # as `_EXPERTS`, stored in mxfp4
+    "gpt-oss-20b": (32, 4, 2880, 2880),
+    "gpt-oss-120b": (128, 4, 2880, 2880),
 }
 _STACKS = {
     # layers, hidden, query heads, KV heads, head width, MLP width, vocabulary
@@ -268,6 +275,60 @@ def _moes() -> Iterator[Case]:
         yield _moe("qwen3-30b-a3b", tokens, "grouped", False, 2)
 
 
+def _packed() -> Iterator[Case]:
+    """Products with 4-bit weights, unpacked as they are multiplied."""
+    rows_of = {
+        "llama-3.1-8b.gate_up": (1, 16, 64, 128, 256, 1024, 4096),
+        "llama-3.1-8b.qkv": (1, 64, 256, 2048),
+        "qwen3-14b.down": (1, 16, 128, 512, 8192),
+        "llama-3.2-1b.o": (1, 128, 1024),
+    }
+    for family, all_rows in rows_of.items():
+        n, k = _WEIGHTS[family]
+        for m in all_rows:
+            yield Case(
+                name=f"gemm.int4.{family}.m{m}",
+                op_class="gemm_packed",
+                launcher="gemm_int4",
+                family=family,
+                dtype="int4",
+                shape={"m": m, "n": n, "k": k},
+                flops=2.0 * m * n * k,
+                hbm_bytes=n * k * BYTES_PER_ELEMENT["int4"],
+                activation_bytes=m * (k + n) * _BF16,
+                priority=2,
+                warmup_seconds=0.7 if m >= 512 else 0.4,
+            )
+    tokens_of = {
+        "gpt-oss-20b": (1, 4, 16, 64, 256, 1024, 4096),
+        "gpt-oss-120b": (1, 16, 64, 256, 1024),
+    }
+    for model, all_tokens in tokens_of.items():
+        experts, top_k, width, hidden = _PACKED_EXPERTS[model]
+        for tokens in all_tokens:
+            touched = experts * (1.0 - (1.0 - top_k / experts) ** tokens)
+            yield Case(
+                name=f"moe.mxfp4.{model}.t{tokens}",
+                op_class="moe_packed",
+                launcher="moe_mxfp4",
+                family=model,
+                dtype="mxfp4",
+                shape={
+                    "tokens": tokens,
+                    "experts": experts,
+                    "top_k": top_k,
+                    "width": width,
+                    "hidden": hidden,
+                    "skewed": 0,
+                },
+                flops=6.0 * tokens * top_k * width * hidden,
+                hbm_bytes=touched * 3.0 * width * hidden * BYTES_PER_ELEMENT["mxfp4"],
+                activation_bytes=tokens * top_k * (3.0 * hidden + 3.0 * width) * _BF16,
+                priority=2,
+                warmup_seconds=0.7 if tokens >= 512 else 0.4,
+            )
+
+
 def _stacks() -> Iterator[Case]:
     context = 512
     for model, (layers, hidden, query, kv, width, mlp, vocab) in _STACKS.items():
@@ -423,7 +484,10 @@ def build_suite(name: str, *, gpus: int = 1) -> tuple[Case, ...]:
     """
     if name not in SUITES:
         raise ConfigurationError(unknown_name("suite", name, SUITES))
-    sources = (_gemms, _attentions, _moes, _stacks, _elementwises, _states, _collectives)
+    sources = (
+        *(_gemms, _attentions, _moes, _packed),
+        *(_stacks, _elementwises, _states, _collectives),
+    )
     cases = [case for source in sources for case in source() if case.gpus <= gpus]
     if name == "quick":
         cases = [case for case in cases if case.priority == 0]
@@ -461,5 +525,5 @@ _STATE_ORDER = {"idle_cold": 0, "idle_context": 1}
 
 def estimated_seconds(case: Case, window_seconds: float) -> float:
     """Wall time to expect of a case [s], for the progress bar and the time limit."""
-    compiling = COMPILE_SECONDS if case.launcher == "moe_fused" else 0.0
-    return case.warmup_seconds + window_seconds + OVERHEAD_SECONDS + compiling
+    compiling = {"moe_fused": COMPILE_SECONDS, "moe_mxfp4": PACKED_COMPILE_SECONDS}
+    return case.warmup_seconds + window_seconds + OVERHEAD_SECONDS + compiling.get(case.launcher, 0.0)
