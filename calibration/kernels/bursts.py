@@ -27,6 +27,7 @@ from calibration.metering.recording import append_record
 _SIZE = 8192
 _MIDDLE_ROWS = 1024
 _READ_BYTES = 2**30
+_COPY_BYTES = 2**22
 _IN_FLIGHT = 6
 _SAMPLE_SECONDS = 0.005
 
@@ -37,7 +38,13 @@ class Pattern:
 
     name: str
     steps: tuple[tuple[str, float], ...]
-    """Load (`heavy` and `middle`: products, `light`: reads, `none`) and its length [s]."""
+    """Load and its length [s]: `heavy` and `middle` are products, `light` reads device memory,
+    `cool` copies within the L2, `none` waits."""
+
+
+def _wave(rest: str, heavy: float, light: float) -> tuple[tuple[str, float], ...]:
+    """Heavy load and rest by turns for 2.4 s, after 0.6 s of rest."""
+    return ((rest, 0.6), *((("heavy", heavy), (rest, light)) * round(2.4 / (heavy + light))))
 
 
 def patterns() -> tuple[Pattern, ...]:
@@ -49,7 +56,7 @@ def patterns() -> tuple[Pattern, ...]:
     waves = [
         Pattern(
             name=f"heavy {heavy:g} s, light {light:g} s",
-            steps=(("light", 0.6), *((("heavy", heavy), ("light", light)) * round(2.4 / (heavy + light)))),
+            steps=_wave("light", heavy, light),
         )
         for heavy, light in (
             *((0.02, 0.02), (0.05, 0.05), (0.1, 0.1), (0.2, 0.2), (0.4, 0.4)),
@@ -60,11 +67,18 @@ def patterns() -> tuple[Pattern, ...]:
         Pattern(name=f"{kind} then middle", steps=((kind, 1.0), ("middle", 1.2)))
         for kind in ("none", "light")
     ]
+    cool = [
+        Pattern(
+            name=f"heavy {heavy:g} s, cool {cool:g} s",
+            steps=_wave("cool", heavy, cool),
+        )
+        for heavy, cool in ((0.02, 0.08), (0.05, 0.2), (0.2, 0.2), (0.1, 0.4))
+    ]
     idle = [
         Pattern(name=f"heavy 0.2 s, none {rest:g} s", steps=(("heavy", 0.2), ("none", rest)) * 4)
         for rest in (0.05, 0.2, 0.6)
     ]
-    return (*after, *waves, *middles, *idle)
+    return (*after, *waves, *cool, *middles, *idle)
 
 
 def run_pattern(pattern: Pattern, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -147,15 +161,19 @@ def kernels() -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     x, y = normal(_MIDDLE_ROWS, _SIZE), normal(_MIDDLE_ROWS, _SIZE)
     data = [normal(_READ_BYTES // 2) for _ in range(2)]
     turn = itertools.cycle(data)
+    small = normal(_COPY_BYTES // 2)
+    copy = torch.empty_like(small)
     work = {
         "heavy": {"flops": 2.0 * _SIZE**3},
         "middle": {"flops": 2.0 * _MIDDLE_ROWS * _SIZE**2},
         "light": {"hbm_bytes": float(_READ_BYTES)},
+        "cool": {"onchip_bytes": 2.0 * _COPY_BYTES},
     }
     calls = {
         "heavy": lambda: torch.mm(a, b, out=out),
         "middle": lambda: torch.mm(x, b, out=y),
         "light": lambda: torch.amax(next(turn)),
+        "cool": lambda: copy.copy_(small),
     }
     return calls, work
 

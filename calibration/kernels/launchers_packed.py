@@ -1,6 +1,7 @@
-"""Builds products with packed weights, which vLLM's kernels unpack to 16 bit as they multiply.
+"""Builds products with quantised weights, as vLLM runs them; packed ones are unpacked to 16 bit.
 
-`gemm_int4` is Machete (groups of 128 weights share a scale: the layout of GPTQ and AWQ, and what
+`gemm_scaled` multiplies 8-bit numbers, each token's activations with a scale of their own (vLLM's
+CUTLASS kernels), and `fp8_quant` makes them. `gemm_int4` is Machete (groups of 128 weights share a scale: the layout of GPTQ and AWQ, and what
 vLLM chooses for it on Hopper), `moe_mxfp4` the Triton kernels of gpt-oss, routing included, which
 they do themselves. Packed bits are random.
 """
@@ -58,6 +59,39 @@ def gemm_int4(case: Case, bed: Bed) -> Work:
         ),
         rotation=count,
         backend="vllm-machete",
+    )
+
+
+def gemm_scaled(case: Case, bed: Bed) -> Work:
+    """Linear layer in fp8 with a scale per token and one for the weights (vLLM's CUTLASS)."""
+    if bed.ops is None or not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+        raise UnavailableError("vLLM's CUTLASS kernels are not installed")
+    m, n, k = sizes(case, "m", "n", "k")
+    count = sets(bed, float(n * k))
+    weights = [normal(bed, n, k).to(torch.float8_e4m3fn).t() for _ in range(count)]
+    x = normal(bed, m, k).to(torch.float8_e4m3fn)
+    of_rows = torch.full((m, 1), _SCALE, device=bed.device, dtype=torch.float32)
+    of_weights = torch.full((1, 1), _SCALE, device=bed.device, dtype=torch.float32)
+    multiply = bed.ops.cutlass_scaled_mm
+    return Work(
+        call=lambda i: multiply(x, weights[i], of_rows, of_weights, torch.bfloat16),
+        rotation=count,
+        backend="vllm-cutlass",
+    )
+
+
+def fp8_quant(case: Case, bed: Bed) -> Work:
+    """Activations to fp8, a scale per token (vLLM's own kernel)."""
+    if bed.ops is None or not hasattr(torch.ops._C, "dynamic_per_token_scaled_fp8_quant"):
+        raise UnavailableError("vLLM's quantisation kernels are not installed")
+    tokens, width = sizes(case, "tokens", "hidden")
+    count = sets(bed, 3.0 * tokens * width) if case.shape["rotated"] else 1
+    x = [normal(bed, tokens, width) for _ in range(count)]
+    quantise = bed.ops.scaled_fp8_quant
+    return Work(
+        call=lambda i: quantise(x[i], use_per_token_if_dynamic=True),
+        rotation=count,
+        backend="vllm",
     )
 
 
@@ -132,4 +166,9 @@ def moe_mxfp4(case: Case, bed: Bed) -> Work:
     )
 
 
-PACKED_LAUNCHERS = {"gemm_int4": gemm_int4, "moe_mxfp4": moe_mxfp4}
+PACKED_LAUNCHERS = {
+    "gemm_scaled": gemm_scaled,
+    "fp8_quant": fp8_quant,
+    "gemm_int4": gemm_int4,
+    "moe_mxfp4": moe_mxfp4,
+}

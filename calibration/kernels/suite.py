@@ -275,15 +275,32 @@ def _moes() -> Iterator[Case]:
         yield _moe("qwen3-30b-a3b", tokens, "grouped", False, 2)
 
 
+_QUANTISED_ROWS = {
+    "llama-3.1-8b.gate_up": (1, 16, 64, 128, 256, 1024, 4096),
+    "llama-3.1-8b.qkv": (1, 64, 256, 2048),
+    "qwen3-14b.down": (1, 16, 128, 512, 8192),
+    "llama-3.2-1b.o": (1, 128, 1024),
+}
+
+
+def _scaled() -> Iterator[Case]:
+    """fp8 as vLLM serves it: a scale per token, made by a kernel of its own or fused with a norm."""
+    for family, all_rows in _QUANTISED_ROWS.items():
+        for m in all_rows:
+            plain = _gemm(family, m, dtype="fp8", priority=2)
+            yield replace(
+                plain,
+                name=f"gemm.fp8_scaled.{family}.m{m}",
+                op_class="gemm_scaled",
+                launcher="gemm_scaled",
+            )
+    for tokens in (8, 64, 1024, 8192):
+        yield _elementwise("fp8_quant", tokens, 3.0 * 4096, 2, hidden=4096)
+
+
 def _packed() -> Iterator[Case]:
     """Products with 4-bit weights, unpacked as they are multiplied."""
-    rows_of = {
-        "llama-3.1-8b.gate_up": (1, 16, 64, 128, 256, 1024, 4096),
-        "llama-3.1-8b.qkv": (1, 64, 256, 2048),
-        "qwen3-14b.down": (1, 16, 128, 512, 8192),
-        "llama-3.2-1b.o": (1, 128, 1024),
-    }
-    for family, all_rows in rows_of.items():
+    for family, all_rows in _QUANTISED_ROWS.items():
         n, k = _WEIGHTS[family]
         for m in all_rows:
             yield Case(
@@ -485,7 +502,7 @@ def build_suite(name: str, *, gpus: int = 1) -> tuple[Case, ...]:
     if name not in SUITES:
         raise ConfigurationError(unknown_name("suite", name, SUITES))
     sources = (
-        *(_gemms, _attentions, _moes, _packed),
+        *(_gemms, _attentions, _moes, _scaled, _packed),
         *(_stacks, _elementwises, _states, _collectives),
     )
     cases = [case for source in sources for case in source() if case.gpus <= gpus]
