@@ -302,13 +302,13 @@ def _fill_packed_weights(seed: int) -> None:
     def initialize(model: Any, *arguments: Any, **named: Any) -> None:
         original(model, *arguments, **named)
         for name, weight in model.named_parameters():
-            generator = torch.Generator(weight.device).manual_seed(seed)
-            if weight.dtype == torch.uint8 and "scale" in name:
+            if weight.dtype != torch.uint8:
+                continue
+            if "scale" in name:
                 weight.data.fill_(_SCALE_EXPONENT_BYTE)
-            elif weight.dtype == torch.uint8:
+            else:
+                generator = torch.Generator(weight.device).manual_seed(seed)
                 weight.data.random_(0, 256, generator=generator)
-            elif name.endswith("qweight"):
-                weight.data.random_(-(2**31), 2**31 - 1, generator=generator)
 
     dummy_loader.initialize_dummy_weights = initialize
 
