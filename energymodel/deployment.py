@@ -253,8 +253,8 @@ def setup_warnings(deployment: Deployment) -> list[str]:
     if packed := {serving.weight_dtype, model.expert_dtype} & WEIGHTS_ONLY:
         names = " or ".join(sorted(map(str, packed)))
         warnings.append(
-            f"no kernel with {names} weights was measured: they are "
-            "predicted as 16-bit ones with fewer bytes, and the interval does not cover that"
+            f"products with {names} weights were measured on an H200 alone; hardly a run that the "
+            "interval rests on had such weights"
         )
     if calibration.gpu != gpu.name:
         warnings.append(

@@ -1,6 +1,6 @@
 """What a batch asks of the fused expert kernel: experts read, rows run, bytes passed.
 
-Token-choice routing (Fedus et al. 2021); the kernel is vLLM's.
+Token-choice routing (Fedus et al. 2021); the kernels are vLLM's.
 """
 
 from __future__ import annotations
@@ -32,14 +32,30 @@ def moe_tile_rows(tokens: Array) -> Array:
     return np.select([tokens <= 32, tokens <= 96, tokens <= 512], [16.0, 32.0, 64.0], 128.0)
 
 
-def expert_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
+def packed_tile_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
+    """Rows of a tile of the kernels that unpack experts (gpt-oss) by tokens of the step.
+
+    triton_kernels as in vLLM 0.22, `opt_flags`: the tokens of an expert on average, rounded up to a
+    power of two, from 16 to 128.
+    """
+    mean = np.maximum(np.floor(tokens * experts_per_token / num_experts), 1.0)
+    result: Array = np.clip(2.0 ** np.ceil(np.log2(mean)), 16.0, 128.0)
+    return result
+
+
+def expert_rows(
+    tokens: Array, num_experts: int, experts_per_token: int, *, packed: bool = False
+) -> Array:
     """Expected rows of the fused expert kernel, each expert's rows padded to whole tiles.
 
     B * E * sum_j P(n > j B), n ~ Binomial(T, k/E) taken as a normal whose tail is
     approximated by the logistic 1 / (1 + exp(1.702 z)) (Bowling et al. 2009, error < 0.01);
     the j = 0 term is the exact share of experts that are touched at all.
     """
-    tile = moe_tile_rows(tokens)
+    if packed:
+        tile = packed_tile_rows(tokens, num_experts, experts_per_token)
+    else:
+        tile = moe_tile_rows(tokens)
     share = experts_per_token / num_experts
     mean = tokens * share
     deviation = np.sqrt(np.maximum(mean * (1.0 - share), 1e-12))

@@ -57,6 +57,9 @@ of it, which the fitted efficiency takes up."""
 NORM_PASSES = {"rms_norm": 3.0, "add_rms_norm": 5.0}
 """How often a norm's thread block reads or writes the elements of its row: once more than it moves,
 for the sum of squares (vLLM 0.22, `layernorm_kernels.cu`)."""
+QUANTISE_BYTES = 5.0
+"""What making an element of 8-bit activations passes [B]: its 16 bits twice, the first time for the
+largest of the row, and its 8 bits (vLLM 0.22, `dynamic_per_token_scaled_fp8_quant`)."""
 TILE = 128
 """Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
 
@@ -108,6 +111,8 @@ class _Operator:
     block_bytes: float = 0.0
 
 
+EIGHT_BIT = ("fp8", "int8")
+"""Compute dtypes of 8 bits."""
 WEIGHTS_ONLY = frozenset({"int4", "mxfp4"})
 """Formats of stored weights that are unpacked to 16 bit before they are multiplied."""
 
@@ -117,13 +122,20 @@ def compute_dtype(weight_dtype: str) -> str:
     return "bf16" if weight_dtype in WEIGHTS_ONLY else weight_dtype
 
 
+def _class(op_class: str, dtype: str) -> str:
+    """Operator class of products with weights of a dtype: each is another library's."""
+    if dtype in WEIGHTS_ONLY:
+        return f"{op_class}_packed"
+    return "gemm_scaled" if op_class == "gemm" and dtype in EIGHT_BIT else op_class
+
+
 def _gemm(
     name: str, n: float, k: float, count: float, dtype: str, per: str = "tokens"
 ) -> _Operator:
     work = {per: 2.0 * n * k * count}
     return _Operator(
         name=name,
-        op_class="gemm",
+        op_class=_class("gemm", dtype),
         compute_dtype=compute_dtype(dtype),
         calls=count,
         gemm_n=n,
@@ -198,6 +210,8 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         heads_normed = 2.0 * (query + kv_heads * spec.head_dim) * ACTIVATION_BYTES
         yield _elementwise("qk_norm", heads_normed, count, kernels=2)
     yield _gemm("o_proj", hidden, output, count, dtype)
+    if dtype in EIGHT_BIT:
+        yield _quantise("attention", hidden + output, count, kernels=2)
 
 
 def _cache_passes(spec: AttentionSpec, serving: ServingConfig) -> float:
@@ -234,6 +248,11 @@ def _elementwise(
     )
 
 
+def _quantise(name: str, width: float, count: float, kernels: int = 1) -> _Operator:
+    """Activations of products in 8 bit: a kernel scales each row by its largest element."""
+    return _elementwise(f"{name}_quantise", width * QUANTISE_BYTES, count, kernels)
+
+
 def _dense_mlp(
     prefix: str, width: float, gated: bool, hidden: int, count: float, dtype: str
 ) -> Iterator[_Operator]:
@@ -242,6 +261,8 @@ def _dense_mlp(
     passed = (up + width) * ACTIVATION_BYTES
     yield _elementwise("activation", passed, count, kernels=1, block_bytes=passed)
     yield _gemm(f"{prefix}down_proj", hidden, width, count, dtype)
+    if dtype in EIGHT_BIT:
+        yield _quantise(f"{prefix}mlp", hidden + width, count, kernels=2)
 
 
 def _feed_forward(
@@ -268,7 +289,7 @@ def _feed_forward(
     top_k = spec.experts_per_token
     yield _Operator(
         name="experts",
-        op_class="moe",
+        op_class=_class("moe", dtype),
         compute_dtype=compute_dtype(dtype),
         calls=count,
         flops={"tokens": 2.0 * per_row * top_k * count},
@@ -277,8 +298,11 @@ def _feed_forward(
         activation_bytes={"tokens": expert_activation_bytes(hidden, up, width, top_k) * count},
         tiles={"expert_rows": (up + hidden) * count / TILE**2},
     )
-    # softmax and top-k over the router's logits
-    yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=2)
+    if dtype not in WEIGHTS_ONLY:  # whose kernels do it themselves
+        # softmax and top-k over the router's logits
+        yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=2)
+    if dtype in EIGHT_BIT:
+        yield _quantise("experts", hidden + width * top_k, count, kernels=2)
 
 
 def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
@@ -402,7 +426,8 @@ def step_stats(model: ModelSpec, **stats: Array | float) -> Array:
         tokens = matrix[:, _STAT["tokens"]]
         chosen = (moe.num_experts, moe.experts_per_token)
         matrix[:, _STAT["distinct_experts"]] = distinct_experts(tokens, *chosen)
-        matrix[:, _STAT["expert_rows"]] = expert_rows(tokens, *chosen)
+        packed = model.expert_dtype in WEIGHTS_ONLY
+        matrix[:, _STAT["expert_rows"]] = expert_rows(tokens, *chosen, packed=packed)
     return matrix
 
 

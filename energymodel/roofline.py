@@ -39,14 +39,12 @@ from numpy.typing import NDArray
 
 from energymodel.calibrations import Calibration, KernelCalibration
 from energymodel.errors import ConfigurationError, unknown_name
-from energymodel.operators import STATS, TILE, OperatorTable
+from energymodel.operators import EIGHT_BIT, STATS, TILE, OperatorTable
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
 
 _ROWS, _TOKENS = STATS.index("rows"), STATS.index("tokens")
-EIGHT_BIT = ("fp8", "int8")
-"""Compute dtypes of 8 bits."""
 _LOWEST_CLOCK = 0.2
 """Share of the highest clock below which the power limit pushes no GPU [-]."""
 _BISECTIONS, _NEWTON_STEPS = 12, 4  # to 2e-4, then to the last digit
@@ -333,9 +331,14 @@ def step_seconds_and_joules(
     return seconds, dynamic + calibration.base_watts * seconds + waiting_joules
 
 
+_PLAIN = {"gemm_scaled": "gemm", "gemm_packed": "gemm", "moe_packed": "moe"}
+"""Class of 16-bit products that stands in where a calibration lacks that of quantised ones."""
+
+
 def _kernel(calibration: Calibration, op_class: str) -> KernelCalibration:
+    known = calibration.kernels
     try:
-        return calibration.kernels[op_class]
+        return known[op_class] if op_class in known else known[_PLAIN[op_class]]
     except KeyError:
         raise ConfigurationError(
             f"the calibration of {calibration.gpu} has no operator class '{op_class}'"

@@ -95,6 +95,9 @@ def ideal_kernel(**changes: float) -> KernelCalibration:
 
 KERNEL_CLASSES = (
     "gemm",
+    "gemm_scaled",
+    "gemm_packed",
+    "moe_packed",
     "moe",
     "attention_prefill",
     "attention_decode",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from shapes import calibration, gpu, tiny
 
-from calibration.fitting.joint_fit import joint_fit, window_seconds_and_watts
+from calibration.fitting.joint_fit import joint_fit, predicted_windows
 from calibration.fitting.kernel_windows import kernel_rows, read_windows, reread_bytes
 from calibration.fitting.measured_runs import read_idle, read_own
 from calibration.fitting.parameters import (
@@ -74,8 +74,8 @@ def test_the_fit_finds_the_parameters_that_made_the_runs() -> None:
     shapes = [(8, 40, 1), (64, 40, 8), (128, 2, 32), (500, 1, 4), (1000, 30, 2), (16, 60, 64)]
     runs = [run(truth, stack, *shape) for stack in ("vllm", "vllm-eager") for shape in shapes]
     windows = kernel_rows(read_windows(WINDOWS)[:20], gpu())
-    windows = replace(windows, seconds=window_seconds_and_watts(windows, gpu(), truth)[0])
-    windows = replace(windows, watts=window_seconds_and_watts(windows, gpu(), truth)[1])
+    windows = replace(windows, seconds=predicted_windows(windows, gpu(), truth)[0])
+    windows = replace(windows, watts=predicted_windows(windows, gpu(), truth)[1])
     wanted = {
         "stacks.vllm.step_host_seconds": 1e-4,
         "stacks.vllm-eager.launch_seconds": 9e-6,

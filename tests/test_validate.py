@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -435,6 +436,7 @@ def test_windows_that_are_not_valid_are_left_out(
     [
         ({"run_plan": {"engine": {"speculative_config": {}}}}, "speculative_config"),
         ({"settings": {"prefix_caching": True}}, "prefix caching"),
+        ({"run_plan": {"engine": {"quantization": "int3"}}}, "quantised .* not modelled: int3"),
     ],
 )
 def test_runs_with_what_the_model_lacks_are_left_out(
@@ -445,7 +447,17 @@ def test_runs_with_what_the_model_lacks_are_left_out(
     edited(path, "engine", **changes)
     rows, left = read_own(tmp_path)
     assert rows == []
-    assert any(reason in entry.reason and entry.rows == 3 for entry in left)
+    assert any(re.search(reason, entry.reason) and entry.rows == 3 for entry in left)
+
+
+def test_a_run_that_its_engine_quantised_is_predicted_with_those_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    serving_records(path, monkeypatch)
+    edited(path, "engine", run_plan={"engine": {"quantization": "fp8"}})
+    rows, _ = read_own(tmp_path)
+    assert {row.options["dtype"] for row in rows} == {"fp8"}
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,26 @@ TIME_PARAMETERS: Mapping[str, tuple[str, ...]] = {
         "sharpness",
         "tile_seconds",
     ),
+    "gemm_scaled": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "sharpness",
+        "tile_seconds",
+    ),
+    "gemm_packed": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "sharpness",
+        "tile_seconds",
+    ),
+    "moe_packed": (
+        "compute_efficiency",
+        "memory_efficiency",
+        "call_seconds",
+        "tile_seconds",
+    ),
     "attention_prefill": (
         "compute_efficiency",
         "memory_efficiency",
@@ -286,9 +306,15 @@ def _at(rows: KernelRows, indices: NDArray[np.int64]) -> KernelRows:
     return rows.pick(mask)
 
 
-ENERGY_CLASSES = ("gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "sampling")
+ENERGY_CLASSES = (
+    *("gemm", "gemm_scaled", "gemm_packed", "moe", "moe_packed"),
+    *("attention_prefill", "attention_decode", "elementwise", "sampling"),
+)
 """Classes whose busy SMs get a power of their own."""
-_FLOP_CLASSES = ("gemm", "moe", "attention_prefill")
+_FLOP_CLASSES = (
+    *("gemm", "gemm_scaled", "gemm_packed", "moe", "moe_packed"),
+    "attention_prefill",
+)
 _PRIOR_WEIGHT = 0.01
 """Pull towards the start, in log units: decides only what no row tells apart."""
 _AT_LIMIT = 0.95

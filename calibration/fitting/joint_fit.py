@@ -31,16 +31,6 @@ from energymodel.specs import GpuSpec
 Array = NDArray[np.float64]
 
 
-def window_seconds_and_watts(
-    rows: KernelRows, gpu: GpuSpec, calibration: Calibration
-) -> tuple[Array, Array]:
-    """Seconds of kernel windows at their clock, and watts at their seconds and clock; each (n,)."""
-    memory, compute, fixed, core = row_tables(row_costs(rows, gpu, calibration)).T
-    seconds = memory + compute / rows.clock
-    joules = fixed + core * rows.clock**calibration.clock_energy_exponent
-    return seconds, calibration.base_watts + joules / rows.seconds
-
-
 def predicted_windows(
     rows: KernelRows, gpu: GpuSpec, calibration: Calibration
 ) -> tuple[Array, Array]:
@@ -102,7 +92,7 @@ def joint_fit(
         candidate = at(np.exp(theta))
         totals = np.empty((3, 0)) if recorded is None else recorded.totals(candidate)
         joules, seconds, ttft = np.log(totals)
-        alone, watts = window_seconds_and_watts(windows, gpu, candidate)
+        alone, watts = predicted_windows(windows, gpu, candidate)
         return np.concatenate(
             [
                 (joules - measured[0]) / JOULES_SIGMA,

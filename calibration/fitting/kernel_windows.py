@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
-from energymodel.operators import NORM_PASSES, SOFTMAX_WIDTH, TILE
+from energymodel.operators import NORM_PASSES, SOFTMAX_WIDTH, TILE, compute_dtype
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
@@ -24,7 +24,10 @@ holds activations, as `Calibration.onchip_share_of_l2` has it. Of the models mea
 _WEIGHT_BYTES = 2.0  # of an element; experts are measured in bf16
 _CLASS_OF = {
     "gemm": "gemm",
+    "gemm_scaled": "gemm_scaled",
+    "gemm_packed": "gemm_packed",
     "moe": "moe",
+    "moe_packed": "moe_packed",
     "attention_prefill": "attention_prefill",
     "attention_decode": "attention_decode",
     "elementwise": "elementwise",
@@ -32,7 +35,10 @@ _CLASS_OF = {
     "communication": "communication",
 }
 """Operator class of the model by the suite's class; windows of other classes are no kernels."""
-_OTHER_KERNELS = ("kv_write", "rotary", "embedding", "sample_random", "sample_sorted")
+_OTHER_KERNELS = (
+    *("kv_write", "rotary", "embedding", "sample_random", "sample_sorted"),
+    "fp8_quant",  # passes its rows twice: `operators.QUANTISE_BYTES`
+)
 """Launchers that are no rows of their class: writes scattered over the cache, gathers and drawing
 random tokens are bound by other things than their bytes (two of them reach 0.8 TB/s where norms
 reach 4), and are small parts of a step. Left out after their residuals had been seen, but for the
@@ -85,7 +91,7 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         name=tuple(w["case"] for w in used),
         op_class=tuple(_CLASS_OF[w["op_class"]] for w in used),
         family=tuple(f"{w['op_class']} {w['family']}" for w in used),
-        dtype=tuple(w["dtype"] for w in used),
+        dtype=tuple(compute_dtype(w["dtype"]) for w in used),
         flops=column("flops"),
         executed_flops=column("executed_flops"),
         hbm_bytes=np.array([w["hbm_bytes"] + _rereads(w, gpu) for w in used]),
@@ -143,7 +149,7 @@ def _rereads(window: Mapping[str, Any], gpu: GpuSpec) -> float:
 def _work(window: Mapping[str, Any]) -> dict[str, float]:
     """Work that the model counts its own way, as `operators` does."""
     shape, kind = window["shape"], window["op_class"]
-    if kind == "gemm":
+    if kind in ("gemm", "gemm_scaled", "gemm_packed"):
         return {
             "flops": window["flops"],
             "executed_flops": window["flops"],
@@ -167,7 +173,7 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
             "executed_flops": window["flops"],
             "tiles": shape["batch"] * shape["kv_heads"],
         }
-    if kind == "moe":
+    if kind in ("moe", "moe_packed"):
         rows = window["details"]["expert_rows"]
         width, hidden = shape["width"], shape["hidden"]
         return {

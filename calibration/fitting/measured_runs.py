@@ -22,6 +22,8 @@ from energymodel.specs import STATIC_STACKS, MoeSpec
 from energymodel.traces import Requests
 
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+_QUANTISED = {"fp8": "fp8"}
+"""Dtype of weights by vLLM's argument `quantization`, which makes them so as they load."""
 
 
 UNSTEADY_SPREAD = 2.0
@@ -34,6 +36,7 @@ _MODELLED_ARGUMENTS = {
     "kv_cache_dtype",
     "max_model_len",
     "max_num_batched_tokens",
+    "quantization",
     "speculative_config",
     "tensor_parallel_size",
 }
@@ -143,16 +146,10 @@ def _row(
         raise EnergyModelError("a run without the record of its engine before it")
     if not record["window"]["valid"]:
         return f"window not valid: {record['window']['invalid_reason']}"
-    asked = engine["run_plan"]["engine"]
-    if strange := sorted(set(asked) - _MODELLED_ARGUMENTS):
-        return f"engine argument that is not modelled: {', '.join(strange)}"
-    case, settings = record["case"], engine["settings"]
-    if settings.get("prefix_caching"):
-        return "engine with prefix caching, which is not modelled"
+    asked, settings, case = engine["run_plan"]["engine"], engine["settings"], record["case"]
+    if why := _not_modelled(asked, settings):
+        return why
     drafting = settings.get("speculative_config") or {}
-    modelled = drafting.get("method") == "draft_model" and drafting.get("acceptance_rates")
-    if "speculative_config" in asked and not modelled:
-        return "speculative_config without a draft model, or without an imposed acceptance"
     model_name = Path(record["model"]).name.removesuffix(".json")
     model = model_from_config(engine["config"], name=model_name)
     if (moe := moe_spec(model)) is not None and (why := _strange_routing(moe, experts)):
@@ -193,6 +190,22 @@ def _row(
         unsteady=unsteady,
         note=f"weights: {settings.get('weights', 'unknown')}; plan {record['plan']}",
     )
+
+
+def _not_modelled(asked: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """What of an engine's arguments and settings no prediction knows, or None."""
+    if strange := sorted(set(asked) - _MODELLED_ARGUMENTS):
+        return f"engine argument that is not modelled: {', '.join(strange)}"
+    if settings.get("prefix_caching"):
+        return "engine with prefix caching, which is not modelled"
+    quantised = asked.get("quantization")
+    if quantised is not None and quantised not in _QUANTISED:
+        return f"weights quantised by the engine in a way that is not modelled: {quantised}"
+    drafting = settings.get("speculative_config") or {}
+    modelled = drafting.get("method") == "draft_model" and drafting.get("acceptance_rates")
+    if "speculative_config" in asked and not modelled:
+        return "speculative_config without a draft model, or without an imposed acceptance"
+    return None
 
 
 def _per_token(record: Mapping[str, Any], what: str) -> float:
@@ -271,11 +284,13 @@ def _options(
     cache = settings.get("kv_cache_dtype") or "auto"
     if cache not in _KV_DTYPES:
         raise EnergyModelError(f"KV cache of dtype {cache} is not modelled")
+    quantised = asked.get("quantization")
     return {
         "max_batch": int(setting("max_num_seqs")),
         "max_step_tokens": setting("max_num_batched_tokens"),
         "max_model_len": setting("max_model_len"),
         "tensor_parallel": int(setting("tensor_parallel_size") or 1),
         "kv_dtype": _KV_DTYPES[cache],
+        **({"dtype": _QUANTISED[quantised]} if quantised else {}),
         "gpu_memory_utilization": setting("gpu_memory_utilization"),
     }

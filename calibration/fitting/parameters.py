@@ -32,7 +32,11 @@ def _stack(field: str, *stacks: str, prior: float = WIDE) -> Parameter:
     return Parameter(paths=tuple(f"stacks.{s}.{field}" for s in stacks), prior=prior)
 
 
-_KERNELS = ("gemm", "moe", "attention_prefill", "attention_decode", "elementwise", "sampling")
+_QUANTISED = ("gemm_scaled", "gemm_packed", "moe_packed")
+_KERNELS = (
+    *("gemm", "moe", *_QUANTISED),
+    *("attention_prefill", "attention_decode", "elementwise", "sampling"),
+)
 
 PARAMETERS: tuple[Parameter, ...] = (
     # host and gaps: nothing but these runs tells them
@@ -67,6 +71,20 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.moe.call_seconds",), prior=0.3),
     Parameter(paths=("kernels.moe.sharpness",), prior=0.5, low=1.0, high=16.0),
     Parameter(paths=("kernels.moe.tile_seconds",), prior=0.6),
+    # quantised weights, as vLLM serves them: no public table says how fast
+    *(
+        Parameter(paths=(f"kernels.{c}.{field}",), prior=prior, low=low, high=high)
+        for c in _QUANTISED
+        for field, prior, low, high in (
+            ("compute_efficiency", 0.5, 1e-2, 1.3),
+            ("memory_efficiency", 0.5, 1e-2, 1.1),
+            ("call_seconds", 1.0, 1e-7, 1e-3),
+            ("tile_seconds", 1.0, 1e-9, 1e-3),
+        )
+    ),
+    # experts are unpacked, then multiplied: their times add up (a sharpness of 1)
+    Parameter(paths=("kernels.gemm_scaled.sharpness",), prior=0.5, low=1.0, high=16.0),
+    Parameter(paths=("kernels.gemm_packed.sharpness",), prior=0.5, low=1.0, high=16.0),
     Parameter(paths=("kernels.attention_prefill.compute_efficiency",), prior=0.15, high=1.3),
     Parameter(paths=("kernels.attention_prefill.call_seconds",), prior=0.5),
     Parameter(paths=("kernels.attention_prefill.tile_seconds",), prior=0.6),
@@ -93,11 +111,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("joules_per_flop.fp8", "joules_per_flop.int8"), prior=1.0),
     Parameter(paths=("joules_per_hbm_byte",), prior=WIDE),
     Parameter(paths=("joules_per_onchip_byte",), prior=1.0),
-    Parameter(paths=("clock_energy_exponent",), prior=0.5, low=0.2, high=3.0),
+    # bursts of products tell it (calibration/data/bursts), windows hardly
+    Parameter(paths=("clock_energy_exponent",), prior=0.15, low=0.2, high=8.0),
     *(Parameter(paths=(f"kernels.{c}.active_watts",), prior=0.5, low=0.1) for c in _KERNELS),
     *(
         Parameter(paths=(f"kernels.{c}.flop_energy_factor",), prior=0.3)
-        for c in ("moe", "attention_prefill", "attention_decode")
+        for c in ("moe", *_QUANTISED, "attention_prefill", "attention_decode")
     ),
 )
 
@@ -125,7 +144,7 @@ def parameters_for(
         elif "communication" in path or "link" in path:
             told = tensor_parallel
         elif holder == "kernels":
-            told = bool(stacks) or group in classes
+            told = group in classes or (bool(stacks) and group not in _QUANTISED)
         elif holder == "joules_per_flop":
             told = bool(stacks) or any(p.split(".")[1] in dtypes for p in parameter.paths)
         else:

@@ -121,10 +121,12 @@ def _with_measured_factors(
 
     On another chip, operator classes that the public tables hold keep their own times: how far one
     GPU's tables are from what it sustains says nothing of another's (the A100's reach 96 % of the
-    datasheet's peak, the H100's correction would take them above it).
+    datasheet's peak, the H100's correction would take them above it). Classes that no public table
+    holds are those of the measured GPU.
     """
     before = load_calibration(str(DATA / "public" / f"{measured.gpu}.json"))
     told = set() if same_chip else set(public.provenance["rows"])
+    told |= measured.kernels.keys() - before.kernels.keys()
     values = {}
     for parameter in PARAMETERS:
         path = parameter.paths[0]
@@ -133,7 +135,11 @@ def _with_measured_factors(
             new, old = value_at(measured, path), value_at(before, path)
             values[path] = value_at(public, path) * new / old if old > 0 else new
     changed = with_values(public, values)
-    return replace(changed, kernel_gap_seconds=measured.kernel_gap_seconds)
+    return replace(
+        changed,
+        kernels={**measured.kernels, **changed.kernels},
+        kernel_gap_seconds=measured.kernel_gap_seconds,
+    )
 
 
 def _shares_of_datasheet(measured: Calibration, here: GpuSpec, there: GpuSpec) -> Calibration:

@@ -189,9 +189,7 @@ def measure(out: Path, gpu: int) -> None:
         for _ in range(20):
             call()
     torch.cuda.synchronize()
-    append_record(
-        out, {"kind": "header", "identity": NvmlMeter((gpu,)).identity(), "work": work}
-    )
+    append_record(out, {"kind": "header", "identity": NvmlMeter((gpu,)).identity(), "work": work})
     for pattern in patterns():
         with Sampler(gpu) as sampler:
             record = run_pattern(pattern, calls)

@@ -1,9 +1,9 @@
 """Builds products with quantised weights, as vLLM runs them; packed ones are unpacked to 16 bit.
 
 `gemm_scaled` multiplies 8-bit numbers, each token's activations with a scale of their own (vLLM's
-CUTLASS kernels), and `fp8_quant` makes them. `gemm_int4` is Machete (groups of 128 weights share a scale: the layout of GPTQ and AWQ, and what
-vLLM chooses for it on Hopper), `moe_mxfp4` the Triton kernels of gpt-oss, routing included, which
-they do themselves. Packed bits are random.
+CUTLASS kernels), and `fp8_quant` makes them. `gemm_int4` is Machete (groups of 128 weights share a
+scale: the layout of GPTQ and AWQ, and what vLLM chooses for it on Hopper), `moe_mxfp4` the Triton
+kernels of gpt-oss, routing included, which they do themselves. Packed bits are random.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from calibration.kernels.launchers import Bed, UnavailableError, normal, sets, sizes
 from calibration.kernels.launchers_model import routing_counts, routings
 from calibration.kernels.pump import Work
 from calibration.kernels.suite import Case
+from energymodel.experts import packed_tile_rows
 from energymodel.units import BYTES_PER_ELEMENT
 
 _GROUP = 128
@@ -95,12 +97,6 @@ def fp8_quant(case: Case, bed: Bed) -> Work:
     )
 
 
-def mxfp4_tile_rows(tokens: float, experts: float, top_k: float) -> int:
-    """Rows of a tile in the Triton kernels of gpt-oss (`opt_flags` of triton_kernels)."""
-    mean = max(1, int(tokens * top_k) // int(experts))
-    return max(16, min(1 << (mean - 1).bit_length(), 128))
-
-
 def moe_mxfp4(case: Case, bed: Bed) -> Work:
     """Fused experts with 4-bit weights (vLLM's Triton kernels for gpt-oss), routing included."""
     if bed.moe is None:
@@ -145,7 +141,7 @@ def moe_mxfp4(case: Case, bed: Bed) -> Work:
     logits.scatter_(2, chosen, torch.rand(chosen.shape, generator=torch.Generator().manual_seed(0)))
     logits = logits.to(device=bed.device, dtype=torch.bfloat16)
     x = normal(bed, tokens, hidden)
-    tile = mxfp4_tile_rows(tokens, experts, top_k)
+    tile = int(packed_tile_rows(np.array(float(tokens)), experts, top_k))
     rows = float((torch.ceil(counts / tile) * tile).sum(dim=1).mean())
 
     def call(i: int) -> Any:

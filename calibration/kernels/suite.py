@@ -284,7 +284,7 @@ _QUANTISED_ROWS = {
 
 
 def _scaled() -> Iterator[Case]:
-    """fp8 as vLLM serves it: a scale per token, made by a kernel of its own or fused with a norm."""
+    """Products in fp8 as vLLM serves them, and the kernel that makes a scale per token."""
     for family, all_rows in _QUANTISED_ROWS.items():
         for m in all_rows:
             plain = _gemm(family, m, dtype="fp8", priority=2)
@@ -543,4 +543,5 @@ _STATE_ORDER = {"idle_cold": 0, "idle_context": 1}
 def estimated_seconds(case: Case, window_seconds: float) -> float:
     """Wall time to expect of a case [s], for the progress bar and the time limit."""
     compiling = {"moe_fused": COMPILE_SECONDS, "moe_mxfp4": PACKED_COMPILE_SECONDS}
-    return case.warmup_seconds + window_seconds + OVERHEAD_SECONDS + compiling.get(case.launcher, 0.0)
+    beside = OVERHEAD_SECONDS + compiling.get(case.launcher, 0.0)
+    return case.warmup_seconds + window_seconds + beside

@@ -25,6 +25,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "- prefill": ("attention_prefill",),
     "- decode": ("attention_decode",),
     "MoE": ("moe",),
+    "quantised": ("gemm_scaled", "gemm_packed", "moe_packed"),
     "memory-bound": ("elementwise",),
     "sampling": ("sampling",),
 }
@@ -32,7 +33,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 MODELLED = frozenset(c for members in CLASSES.values() for c in members)
 CLOCK = "at the clock that the power limit leaves, as `predict` does"
 """Where `held_out_windows` predicts seconds and watts."""
-WITHOUT_BAR = ("- prefill", "- decode", "sampling")
+WITHOUT_BAR = ("- prefill", "- decode", "quantised", "sampling")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ from calibration.validation.kernel_errors import (
 )
 from calibration.validation.kernel_plots import ERRORS, GEMM, GRAPH, MOE, figures, gemm_curves
 from calibration.validation.kernel_repeats import STATISTICS, repeat_sections
+from calibration.validation.limit_table import limit_table
 from calibration.validation.report import markdown_table
 from calibration.validation.rows import DATA
 from energymodel.calibrations import Calibration
@@ -70,9 +71,12 @@ def errors_of(
 
 
 def page(
-    boards: Sequence[Board], errors: Mapping[str, HeldOut], by_rows: Mapping[str, HeldOut]
+    boards: Sequence[Board],
+    errors: Mapping[str, HeldOut],
+    by_rows: Mapping[str, HeldOut],
+    bursts: Sequence[Path] = (),
 ) -> str:
-    """The whole page."""
+    """The whole page; `bursts` are files of `calibration.kernels.bursts`."""
     parts = [
         _INTRODUCTION,
         tables.boards_table(boards),
@@ -80,6 +84,7 @@ def page(
         *_graphs(boards),
         *repeat_sections(list(repeats(boards)), list(twice(boards))),
         *_rates(boards),
+        *_limit(bursts),
         *_held_out(errors, by_rows),
     ]
     return "\n\n".join(parts) + "\n"
@@ -166,6 +171,21 @@ def _rates(boards: Sequence[Board]) -> Iterator[str]:
     yield tables.states_table(boards)
     yield "## All-reduce on two GPUs\n\nNCCL, ring over NVLink, without multicast."
     yield tables.links_table(boards)
+
+
+def _limit(bursts: Sequence[Path]) -> Iterator[str]:
+    if not bursts:
+        return
+    yield (
+        "## Into the power limit\n\nProducts of 8,192 cubed in bf16, one after another, after a "
+        "rest of 0.05 s or more (`python -m calibration.kernels.bursts`). They begin at the full "
+        "clock; some 30 to 90 ms later, whatever ran before, they take longer, overshoot for 0.1 s "
+        "and settle. What follows a burst runs at the lowered clock for as long: the limit holds "
+        "on average. Once settled, the driver gives a clock that is lower than the products' rate "
+        "says, so that the fit does not use it: windows at the limit are predicted as `predict` "
+        "does."
+    )
+    yield limit_table(bursts)
 
 
 # -- held out ---------------------------------------------------------------------------------
@@ -272,7 +292,8 @@ def write_page(windows: Path, docs: Path) -> Path:
     boards = read_boards(windows)
     errors = errors_of(boards)
     by_rows = errors_of(boards, held_out_by_rows)
-    text, drawn = page(boards, errors, by_rows), figures(boards, errors)
+    bursts = sorted((windows.parent / "bursts").glob("*.jsonl.gz"))
+    text, drawn = page(boards, errors, by_rows, bursts), figures(boards, errors)
     try:
         (docs / "img").mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
