@@ -155,7 +155,8 @@ class Calibration:
     """a in: core energy at clock share x is x**a of that at the highest clock [-]."""
     kernels: Mapping[str, KernelCalibration]
     """By operator class: gemm, moe, attention_prefill, attention_decode, elementwise, sampling,
-    communication."""
+    communication; gemm_scaled (8-bit), gemm_packed and moe_packed (4-bit weights), for which gemm
+    and moe stand in where they lack."""
     stacks: Mapping[str, StackCalibration]
     intervals: Mapping[str, IntervalCalibration]
     """By stack."""

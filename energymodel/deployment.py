@@ -252,9 +252,11 @@ def setup_warnings(deployment: Deployment) -> list[str]:
         )
     if packed := {serving.weight_dtype, model.expert_dtype} & WEIGHTS_ONLY:
         names = " or ".join(sorted(map(str, packed)))
+        timed = calibration.provenance.get("kernel_windows", {})
+        where = "" if {"gemm_packed", "moe_packed"} & set(timed) else ", timed on an H200"
         warnings.append(
-            f"products with {names} weights were measured on an H200 alone; hardly a run that the "
-            "interval rests on had such weights"
+            f"{names} weights are predicted by kernels that unpack them{where}; hardly a run that "
+            "the interval rests on had such weights"
         )
     if calibration.gpu != gpu.name:
         warnings.append(

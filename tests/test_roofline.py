@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from energymodel.errors import ConfigurationError
 from energymodel.operators import operator_table, step_stats
 from energymodel.roofline import (
     OperatorCosts,
@@ -245,3 +246,19 @@ def test_rows_of_blocks_pay_more_for_a_byte() -> None:
     spread = costs_of(kernel, hbm_bytes=1e9, activation_bytes=1e9).onchip_joules[0]
     by_row = costs_of(kernel, hbm_bytes=1e9, activation_bytes=1e9, block_bytes=1e4)
     assert by_row.onchip_joules[0] - spread == pytest.approx(2e9 * 3e-11)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int4"])
+def test_products_of_16_bit_stand_in_for_quantised_ones(dtype: str) -> None:
+    table = operator_table(llama_8b(), ServingConfig(weight_dtype=dtype))
+    stats = step_stats(llama_8b(), tokens=64.0, rows=64.0)
+    whole = calibration()
+    plain = {c: k for c, k in whole.kernels.items() if c not in ("gemm_scaled", "gemm_packed")}
+    fallen = operator_costs(table, stats, gpu(), replace(whole, kernels=plain))
+    alike = {c: plain.get(c, plain["gemm"]) for c in whole.kernels}
+    alike["moe_packed"] = whole.kernels["moe_packed"]
+    expected = operator_costs(table, stats, gpu(), replace(whole, kernels=alike))
+    assert fallen.tables() == pytest.approx(expected.tables())
+    without = {c: k for c, k in plain.items() if c != "gemm"}
+    with pytest.raises(ConfigurationError, match="has no operator class 'gemm"):
+        operator_costs(table, stats, gpu(), replace(whole, kernels=without))

@@ -595,11 +595,14 @@ def test_a_checkpoint_smaller_than_the_dtype_served_is_pointed_out() -> None:
 
 
 def test_weights_that_are_unpacked_first_are_warned_of() -> None:
-    said = "products with int4 weights were measured on an H200 alone"
+    said = "int4 weights are predicted by kernels that unpack them, timed on an H200; hardly"
     assert any(said in w for w in run(trace((0.0, 10, 5)), dtype="int4").warnings)
     assert not any("H200" in w for w in run(trace((0.0, 10, 5)), dtype="fp8").warnings)
     packed = replace(tiny(experts=8), expert_dtype="mxfp4")
-    assert any("with mxfp4 weights" in w for w in run(trace((0.0, 10, 5)), model=packed).warnings)
+    assert any("mxfp4 weights are" in w for w in run(trace((0.0, 10, 5)), model=packed).warnings)
+    here = replace(host_bound(), provenance={"kernel_windows": {"moe_packed": 12}})
+    (said,) = run(trace((0.0, 10, 5)), model=packed, calibration=here).warnings
+    assert "mxfp4 weights are predicted by kernels that unpack them; hardly" in said
 
 
 def test_no_number_of_gpus_is_named_that_the_heads_do_not_allow() -> None:

@@ -311,10 +311,7 @@ ENERGY_CLASSES = (
     *("attention_prefill", "attention_decode", "elementwise", "sampling"),
 )
 """Classes whose busy SMs get a power of their own."""
-_FLOP_CLASSES = (
-    *("gemm", "gemm_scaled", "gemm_packed", "moe", "moe_packed"),
-    "attention_prefill",
-)
+_FLOP_CLASSES = ("gemm", "gemm_scaled", "gemm_packed", "moe", "moe_packed", "attention_prefill")
 _PRIOR_WEIGHT = 0.01
 """Pull towards the start, in log units: decides only what no row tells apart."""
 _AT_LIMIT = 0.95
