@@ -9,7 +9,7 @@ from energymodel.costs import CostTables, cost_tables
 from energymodel.errors import CapacityError, ConfigurationError, ProfileError, unknown_name
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
-from energymodel.operators import WEIGHTS_ONLY, compute_dtype
+from energymodel.operators import WEIGHTS_ONLY, compute_dtype, operator_table
 from energymodel.specs import (
     DEFAULT_DTYPE,
     DEFAULT_GPU_MEMORY_UTILIZATION,
@@ -252,8 +252,10 @@ def setup_warnings(deployment: Deployment) -> list[str]:
         )
     if packed := {serving.weight_dtype, model.expert_dtype} & WEIGHTS_ONLY:
         names = " or ".join(sorted(map(str, packed)))
-        timed = calibration.provenance.get("kernel_windows", {})
-        where = "" if {"gemm_packed", "moe_packed"} & set(timed) else ", timed on an H200"
+        table = operator_table(model, serving)
+        used = {c for c in table.op_class if c.endswith("_packed")}
+        here = used <= set(calibration.provenance.get("kernel_windows", ()))
+        where = "" if here else ", timed on an H200"
         warnings.append(
             f"{names} weights are predicted by kernels that unpack them{where}; hardly a run that "
             "the interval rests on had such weights"

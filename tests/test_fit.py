@@ -68,7 +68,6 @@ def gemms(clock: float = 1.0) -> KernelRows:
         seconds=ones,
         watts=np.full_like(m, np.nan),
         clock=np.full_like(m, clock),
-        capped=zeros.astype(bool),
     )
 
 

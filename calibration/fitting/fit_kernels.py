@@ -64,8 +64,6 @@ class KernelRows:
     """Measured mean power [W]; NaN where it was not measured."""
     clock: Array
     """Mean SM clock over the highest [-]; NaN where the power limit may have held it down."""
-    capped: NDArray[np.bool_]
-    """The power limit held the clock down."""
 
     def pick(self, mask: NDArray[np.bool_] | Iterable[bool]) -> KernelRows:
         """Rows where `mask` is true."""

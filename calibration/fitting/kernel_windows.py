@@ -106,7 +106,6 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         seconds=np.array([w["iteration_seconds"] for w in used]),
         watts=np.array([w["power_watts"] for w in used]),
         clock=np.array([w["window"]["sm_clock_hz"] / gpu.boost_clock_hz for w in used]),
-        capped=np.array([bool(w["window"]["power_capped"]) for w in used]),
     )
 
 

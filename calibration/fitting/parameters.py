@@ -111,7 +111,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("joules_per_flop.fp8", "joules_per_flop.int8"), prior=1.0),
     Parameter(paths=("joules_per_hbm_byte",), prior=WIDE),
     Parameter(paths=("joules_per_onchip_byte",), prior=1.0),
-    # bursts of products tell it (calibration/data/bursts), windows hardly
+    # windows hardly tell it; bursts of products do (1.36 to 1.43, tests/test_limit_table.py; the
+    # start's 1.1 is a first estimate of the same)
     Parameter(paths=("clock_energy_exponent",), prior=0.15, low=0.2, high=8.0),
     *(Parameter(paths=(f"kernels.{c}.active_watts",), prior=0.5, low=0.1) for c in _KERNELS),
     *(

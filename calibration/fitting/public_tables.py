@@ -318,7 +318,6 @@ def _rows(
         seconds=seconds,
         watts=watts,
         clock=clock,
-        capped=np.zeros(count, dtype=bool),
         **{c: work.get(c, zeros) for c in columns},
     )
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.metering.meter import NvmlMeter
+from calibration.metering.nvml import NvmlGpus
 from calibration.metering.recording import append_record
 
 _SIZE = 8192
@@ -42,43 +42,35 @@ class Pattern:
     `cool` copies within the L2, `none` waits."""
 
 
-def _wave(rest: str, heavy: float, light: float) -> tuple[tuple[str, float], ...]:
+def _wave(rest: str, heavy_seconds: float, rest_seconds: float) -> Pattern:
     """Heavy load and rest by turns for 2.4 s, after 0.6 s of rest."""
-    return ((rest, 0.6), *((("heavy", heavy), (rest, light)) * round(2.4 / (heavy + light))))
+    turns = (("heavy", heavy_seconds), (rest, rest_seconds))
+    rounds = round(2.4 / (heavy_seconds + rest_seconds))
+    name = f"heavy {heavy_seconds:g} s, {rest} {rest_seconds:g} s"
+    return Pattern(name=name, steps=((rest, 0.6), *(turns * rounds)))
 
 
 def patterns() -> tuple[Pattern, ...]:
     """Bursts after different rests, and square waves of different lengths and shares."""
-    after = [
-        Pattern(name=f"{kind} then heavy", steps=((kind, 1.5), ("heavy", 1.2)))
-        for kind in ("none", "light")
-    ]
-    waves = [
-        Pattern(
-            name=f"heavy {heavy:g} s, light {light:g} s",
-            steps=_wave("light", heavy, light),
-        )
-        for heavy, light in (
-            *((0.02, 0.02), (0.05, 0.05), (0.1, 0.1), (0.2, 0.2), (0.4, 0.4)),
-            *((0.02, 0.08), (0.05, 0.2), (0.1, 0.4), (0.2, 0.05), (0.2, 0.8)),
-        )
-    ]  # fmt: skip
-    middles = [
-        Pattern(name=f"{kind} then middle", steps=((kind, 1.0), ("middle", 1.2)))
-        for kind in ("none", "light")
-    ]
-    cool = [
-        Pattern(
-            name=f"heavy {heavy:g} s, cool {cool:g} s",
-            steps=_wave("cool", heavy, cool),
-        )
-        for heavy, cool in ((0.02, 0.08), (0.05, 0.2), (0.2, 0.2), (0.1, 0.4))
-    ]
-    idle = [
-        Pattern(name=f"heavy 0.2 s, none {rest:g} s", steps=(("heavy", 0.2), ("none", rest)) * 4)
-        for rest in (0.05, 0.2, 0.6)
-    ]
-    return (*after, *waves, *cool, *middles, *idle)
+    return (
+        *(_after(rest, 1.5, "heavy") for rest in ("none", "light")),
+        *(_wave("light", s, s) for s in (0.02, 0.05, 0.1, 0.2, 0.4)),
+        *(_wave("light", 0.02, 0.08), _wave("light", 0.05, 0.2), _wave("light", 0.1, 0.4)),
+        *(_wave("light", 0.2, 0.05), _wave("light", 0.2, 0.8)),
+        *(_wave("cool", 0.02, 0.08), _wave("cool", 0.05, 0.2)),
+        *(_wave("cool", 0.2, 0.2), _wave("cool", 0.1, 0.4)),
+        *(_after(rest, 1.0, "middle") for rest in ("none", "light")),
+        *(
+            Pattern(
+                name=f"heavy 0.2 s, none {rest:g} s", steps=(("heavy", 0.2), ("none", rest)) * 4
+            )
+            for rest in (0.05, 0.2, 0.6)
+        ),
+    )
+
+
+def _after(rest: str, rest_seconds: float, load: str) -> Pattern:
+    return Pattern(name=f"{rest} then {load}", steps=((rest, rest_seconds), (load, 1.2)))
 
 
 def run_pattern(pattern: Pattern, calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -118,24 +110,25 @@ def run_pattern(pattern: Pattern, calls: dict[str, Callable[[], Any]]) -> dict[s
 
 
 class Sampler:
-    """Polls clock, power and the energy counter of a GPU in a thread of its own."""
+    """Polls power, clock and the energy counter of a GPU in a thread of its own."""
 
-    def __init__(self, index: int) -> None:
-        import pynvml  # noqa: PLC0415
-
-        pynvml.nvmlInit()
-        self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)
-        self._stop = threading.Event()
-        self.rows: list[tuple[float, float, float, int]] = []
+    def __init__(self, gpus: NvmlGpus) -> None:
+        self._gpus, self._stop = gpus, threading.Event()
+        self.rows: list[tuple[float, float | None, float | None, float]] = []
+        """Monotonic time [s], power [W], SM clock [MHz] and energy [J]."""
 
     def _poll(self) -> None:
-        nvml, handle = self._nvml, self._handle
-        field = nvml.NVML_FI_DEV_POWER_INSTANT
+        (handle,) = self._gpus.handles
         while not self._stop.is_set():
-            watts = nvml.nvmlDeviceGetFieldValues(handle, [field])[0].value.uiVal / 1e3
-            clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-            joules = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-            self.rows.append((round(time.monotonic(), 5), watts, float(clock), joules))
+            clock_hz = self._gpus.sm_clock_hz(handle)
+            self.rows.append(
+                (
+                    round(time.monotonic(), 5),
+                    self._gpus.watts(handle),
+                    None if clock_hz is None else clock_hz / 1e6,
+                    self._gpus.counter_joules(handle),
+                )
+            )
             time.sleep(_SAMPLE_SECONDS)
 
     def __enter__(self) -> Sampler:
@@ -189,9 +182,10 @@ def measure(out: Path, gpu: int) -> None:
         for _ in range(20):
             call()
     torch.cuda.synchronize()
-    append_record(out, {"kind": "header", "identity": NvmlMeter((gpu,)).identity(), "work": work})
+    gpus = NvmlGpus((gpu,))
+    append_record(out, {"kind": "header", "identity": gpus.identity(), "work": work})
     for pattern in patterns():
-        with Sampler(gpu) as sampler:
+        with Sampler(gpus) as sampler:
             record = run_pattern(pattern, calls)
         append_record(out, {"kind": "burst", **record, "samples": sampler.rows})
 

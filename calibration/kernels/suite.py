@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from energymodel.errors import ConfigurationError, unknown_name
+from energymodel.operators import compute_dtype
 from energymodel.units import BYTES_PER_ELEMENT
 
 SUITES = ("quick", "full")
@@ -93,9 +94,6 @@ _EXPERTS = {
     "olmoe-1b-7b": (64, 8, 1024, 2048),
     "qwen3-30b-a3b": (128, 8, 768, 2048),
     "mixtral-8x7b": (8, 2, 14336, 4096),
-}
-_PACKED_EXPERTS = {
-    # as `_EXPERTS`, stored in mxfp4
     "gpt-oss-20b": (32, 4, 2880, 2880),
     "gpt-oss-120b": (128, 4, 2880, 2880),
 }
@@ -116,7 +114,7 @@ def _gemm(
 ) -> Case:
     n, k = _WEIGHTS[family]
     weights = n * k * BYTES_PER_ELEMENT[dtype]
-    passing = m * (k * BYTES_PER_ELEMENT[dtype] + n * _BF16)
+    passing = m * (k * BYTES_PER_ELEMENT[compute_dtype(dtype)] + n * _BF16)
     flops = 2.0 * m * n * k
     return Case(
         name=f"gemm.{dtype}.{family}.m{m}{'.l2' if resident else ''}",
@@ -231,11 +229,14 @@ def _moe(model: str, tokens: int, kernel: str, skewed: bool, priority: int) -> C
     if kernel == "dense":  # one MLP of top_k expert widths: the same useful FLOPs
         touched = top_k
     passing = tokens * top_k * (3.0 * hidden + 3.0 * width) * _BF16
+    dtype = "mxfp4" if kernel == "mxfp4" else "bf16"
+    classes = {"fused": "moe", "dense": "gemm_pair", "mxfp4": "moe_packed"}
     return Case(
         name=f"moe.{kernel}.{model}.t{tokens}{'.skewed' if skewed else ''}",
-        op_class={"fused": "moe", "dense": "gemm_pair"}.get(kernel, f"moe_{kernel}"),
+        op_class=classes.get(kernel, f"moe_{kernel}"),
         launcher=f"moe_{kernel}",
         family=model,
+        dtype=dtype,
         shape={
             "tokens": tokens,
             "experts": experts,
@@ -245,7 +246,9 @@ def _moe(model: str, tokens: int, kernel: str, skewed: bool, priority: int) -> C
             "skewed": int(skewed),
         },
         flops=2.0 * tokens * top_k * per_expert,
-        hbm_bytes=touched * per_expert * _BF16,  # of the routing drawn: the launcher's count
+        hbm_bytes=touched
+        * per_expert
+        * BYTES_PER_ELEMENT[dtype],  # of the routing drawn: the launcher's count
         activation_bytes=passing,
         priority=priority,
         graph=kernel != "loop",
@@ -301,49 +304,16 @@ def _scaled() -> Iterator[Case]:
 def _packed() -> Iterator[Case]:
     """Products with 4-bit weights, unpacked as they are multiplied."""
     for family, all_rows in _QUANTISED_ROWS.items():
-        n, k = _WEIGHTS[family]
         for m in all_rows:
-            yield Case(
-                name=f"gemm.int4.{family}.m{m}",
-                op_class="gemm_packed",
-                launcher="gemm_int4",
-                family=family,
-                dtype="int4",
-                shape={"m": m, "n": n, "k": k},
-                flops=2.0 * m * n * k,
-                hbm_bytes=n * k * BYTES_PER_ELEMENT["int4"],
-                activation_bytes=m * (k + n) * _BF16,
-                priority=2,
-                warmup_seconds=0.7 if m >= 512 else 0.4,
-            )
+            plain = _gemm(family, m, dtype="int4", priority=2)
+            yield replace(plain, op_class="gemm_packed", launcher="gemm_int4")
     tokens_of = {
         "gpt-oss-20b": (1, 4, 16, 64, 256, 1024, 4096),
         "gpt-oss-120b": (1, 16, 64, 256, 1024),
     }
     for model, all_tokens in tokens_of.items():
-        experts, top_k, width, hidden = _PACKED_EXPERTS[model]
         for tokens in all_tokens:
-            touched = experts * (1.0 - (1.0 - top_k / experts) ** tokens)
-            yield Case(
-                name=f"moe.mxfp4.{model}.t{tokens}",
-                op_class="moe_packed",
-                launcher="moe_mxfp4",
-                family=model,
-                dtype="mxfp4",
-                shape={
-                    "tokens": tokens,
-                    "experts": experts,
-                    "top_k": top_k,
-                    "width": width,
-                    "hidden": hidden,
-                    "skewed": 0,
-                },
-                flops=6.0 * tokens * top_k * width * hidden,
-                hbm_bytes=touched * 3.0 * width * hidden * BYTES_PER_ELEMENT["mxfp4"],
-                activation_bytes=tokens * top_k * (3.0 * hidden + 3.0 * width) * _BF16,
-                priority=2,
-                warmup_seconds=0.7 if tokens >= 512 else 0.4,
-            )
+            yield _moe(model, tokens, "mxfp4", False, 2)
 
 
 def _stacks() -> Iterator[Case]:

@@ -20,6 +20,8 @@ _SLOWER = 1.04
 _FIRST = 5
 _SETTLED_SECONDS = 0.3
 _REST_SECONDS = 0.05
+_COUNTER_SECONDS = 0.1
+"""Period of the boards' energy counter: what it says before is of other load."""
 _RESTS = {"none": "nothing", "cool": "copies in the L2", "light": "reads of device memory"}
 
 
@@ -58,7 +60,7 @@ class Burst:
 def bursts_of(record: Mapping[str, Any]) -> Iterator[Burst]:
     """The large products of a pattern that follow a rest of at least 50 ms."""
     ends, step = np.array(record["end_seconds"]), np.array(record["step_of_kernel"])
-    samples = np.array(record["samples"])
+    samples = np.array(record["samples"], dtype=float)
     steps = record["pattern"]["steps"]
     for number, (kind, _) in enumerate(steps):
         if kind != "heavy" or number == 0 or steps[number - 1][1] < _REST_SECONDS:
@@ -70,10 +72,39 @@ def bursts_of(record: Mapping[str, Any]) -> Iterator[Burst]:
             rest=steps[number - 1][0],
             ends_seconds=mine[1:] - mine[0],
             seconds=np.diff(mine),
-            reported_share=float(np.median(samples[late, 2]) / samples[:, 2].max())
+            reported_share=float(np.nanmedian(samples[late, 2]) / np.nanmax(samples[:, 2]))
             if late.any()
             else None,
         )
+
+
+def product_joules(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean time [s] and energy [J, whole board] of a product, of a wave over copies in the L2.
+
+    The energy counter over the wave, less the copies' power, metered before it, for the rest of
+    the time. ValueError if the pattern is no such wave.
+    """
+    kinds = [kind for kind, _ in record["pattern"]["steps"]]
+    if set(kinds) != {"cool", "heavy"} or kinds[0] != "cool":
+        raise ValueError(f"no wave over copies: {record['pattern']['name']}")
+    ends, step = np.array(record["end_seconds"]), np.array(record["step_of_kernel"])
+    samples = np.array(record["samples"], dtype=float)
+    ticks = np.flatnonzero(np.diff(samples[:, 3]) > 0) + 1
+    at, joules = samples[ticks, 0] - record["start_seconds"], samples[ticks, 3]
+    heavy = np.array([kinds[i] == "heavy" for i in step])
+
+    def between(first: float, last: float) -> NDArray[np.int64]:
+        return np.flatnonzero((at >= first) & (at <= last))[[0, -1]]
+
+    alone = ends[step == 0]
+    first, last = between(alone[0] + _COUNTER_SECONDS, alone[-1])
+    rest_watts = (joules[last] - joules[first]) / (at[last] - at[first])
+    first, last = between(ends[heavy][0] + _COUNTER_SECONDS, ends[-1])
+    mine = heavy & (ends > at[first]) & (ends <= at[last])
+    taken = np.diff(ends, prepend=0.0)[mine]
+    length = at[last] - at[first]
+    total = joules[last] - joules[first] - rest_watts * (length - taken.sum())
+    return float(taken.mean()), float(total / len(taken))
 
 
 def limit_table(paths: Sequence[Path]) -> str:
