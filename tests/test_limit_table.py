@@ -66,7 +66,7 @@ def test_boards_meet_their_limit_late_and_run_faster_than_the_clock_they_give() 
 
 
 def test_joules_of_a_product_by_hand() -> None:
-    """Copies draw 100 W, products 900 W; 0.1 s of each by turns, a tick of the counter each 10 ms."""
+    """Copies draw 100 W, products 900 W, 0.1 s of each by turns; the counter ticks each 10 ms."""
     steps = [["cool", 1.0], *([["heavy", 0.1], ["cool", 0.1]] * 5)]
     ends, step, now = [], [], 0.0
     for number, (_, seconds) in enumerate(steps):

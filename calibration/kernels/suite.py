@@ -246,9 +246,8 @@ def _moe(model: str, tokens: int, kernel: str, skewed: bool, priority: int) -> C
             "skewed": int(skewed),
         },
         flops=2.0 * tokens * top_k * per_expert,
-        hbm_bytes=touched
-        * per_expert
-        * BYTES_PER_ELEMENT[dtype],  # of the routing drawn: the launcher's count
+        # of the routing drawn: the launcher's count
+        hbm_bytes=touched * per_expert * BYTES_PER_ELEMENT[dtype],
         activation_bytes=passing,
         priority=priority,
         graph=kernel != "loop",
