@@ -435,6 +435,9 @@ class FakeWeight:
     def __init__(self, dtype: str) -> None:
         self.dtype, self.device, self.data, self.held = dtype, "cuda:0", self, "as allocated"
 
+    def view(self, dtype: str) -> "FakeWeight":
+        return self
+
     def fill_(self, value: int) -> None:
         self.held = f"all {value}"
 
@@ -444,7 +447,9 @@ class FakeWeight:
 
 def test_packed_dummy_weights_get_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = types.SimpleNamespace(manual_seed=lambda seed: seed)
-    torch = types.SimpleNamespace(uint8="uint8", Generator=lambda device: generator)
+    torch = types.SimpleNamespace(
+        uint8="uint8", int32="int32", Generator=lambda device: generator
+    )
     loader = types.SimpleNamespace(initialize_dummy_weights=lambda model, config: called.append(1))
     called: list[int] = []
     package = types.ModuleType("vllm.model_executor.model_loader")
@@ -456,7 +461,10 @@ def test_packed_dummy_weights_get_random_bits(monkeypatch: pytest.MonkeyPatch) -
     serving_engine._fill_packed_weights(seed=7)
     weights = {
         name: FakeWeight(dtype)
-        for name, dtype in (("w13", "uint8"), ("w13_weight_scale", "uint8"), ("qkv", "bf16"))
+        for name, dtype in (
+            *(("w13", "uint8"), ("w13_weight_scale", "uint8"), ("qkv", "bf16")),
+            *(("qkv.qweight", "int32"), ("qkv.g_idx", "int32")),
+        )
     }
     model = types.SimpleNamespace(named_parameters=weights.items)
     loader.initialize_dummy_weights(model, None)
@@ -464,6 +472,8 @@ def test_packed_dummy_weights_get_random_bits(monkeypatch: pytest.MonkeyPatch) -
     assert [w.held for w in weights.values()] == [
         "random 0 to 256, seed 7",
         "all 120",
+        "as allocated",
+        "random 0 to 256, seed 7",
         "as allocated",
     ]
 

@@ -22,8 +22,11 @@ from energymodel.specs import STATIC_STACKS, MoeSpec
 from energymodel.traces import Requests
 
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
-_QUANTISED = {"fp8": "fp8"}
-"""Dtype of weights by vLLM's argument `quantization`, which makes them so as they load."""
+_QUANTISED = {"fp8": "fp8", "auto_gptq": "int4"}
+"""Dtype of weights by vLLM's method of quantisation: asked for as they load, or the checkpoint's."""
+_OF_THE_MODEL = ("mxfp4", "gpt_oss_mxfp4")
+"""Methods that a model's own profile knows: only its experts are stored so."""
+_GPTQ_BITS = 4
 
 
 UNSTEADY_SPREAD = 2.0
@@ -147,7 +150,7 @@ def _row(
     if not record["window"]["valid"]:
         return f"window not valid: {record['window']['invalid_reason']}"
     asked, settings, case = engine["run_plan"]["engine"], engine["settings"], record["case"]
-    if why := _not_modelled(asked, settings):
+    if why := _not_modelled(engine):
         return why
     drafting = settings.get("speculative_config") or {}
     model_name = Path(record["model"]).name.removesuffix(".json")
@@ -192,15 +195,23 @@ def _row(
     )
 
 
-def _not_modelled(asked: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+def _quantisation(asked: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """vLLM's method of quantising the weights, None for 16-bit ones and what the model implies."""
+    method = asked.get("quantization") or settings.get("quantization")
+    return None if method in _OF_THE_MODEL else method
+
+
+def _not_modelled(engine: Mapping[str, Any]) -> str | None:
     """What of an engine's arguments and settings no prediction knows, or None."""
+    asked, settings = engine["run_plan"]["engine"], engine["settings"]
     if strange := sorted(set(asked) - _MODELLED_ARGUMENTS):
         return f"engine argument that is not modelled: {', '.join(strange)}"
     if settings.get("prefix_caching"):
         return "engine with prefix caching, which is not modelled"
-    quantised = asked.get("quantization")
-    if quantised is not None and quantised not in _QUANTISED:
-        return f"weights quantised by the engine in a way that is not modelled: {quantised}"
+    quantised = _quantisation(asked, settings)
+    bits = (engine["config"].get("quantization_config") or {}).get("bits", _GPTQ_BITS)
+    if quantised is not None and (quantised not in _QUANTISED or bits != _GPTQ_BITS):
+        return f"weights quantised in a way that is not modelled: {quantised}, {bits} bits"
     drafting = settings.get("speculative_config") or {}
     modelled = drafting.get("method") == "draft_model" and drafting.get("acceptance_rates")
     if "speculative_config" in asked and not modelled:
@@ -284,7 +295,7 @@ def _options(
     cache = settings.get("kv_cache_dtype") or "auto"
     if cache not in _KV_DTYPES:
         raise EnergyModelError(f"KV cache of dtype {cache} is not modelled")
-    quantised = asked.get("quantization")
+    quantised = _quantisation(asked, settings)
     return {
         "max_batch": int(setting("max_num_seqs")),
         "max_step_tokens": setting("max_num_batched_tokens"),

@@ -94,6 +94,8 @@ _EXPERTS = {
     "olmoe-1b-7b": (64, 8, 1024, 2048),
     "qwen3-30b-a3b": (128, 8, 768, 2048),
     "mixtral-8x7b": (8, 2, 14336, 4096),
+    "deepseek-v2-lite": (64, 6, 1408, 2048),
+    "qwen3-235b-a22b": (128, 8, 1536, 4096),
     "gpt-oss-20b": (32, 4, 2880, 2880),
     "gpt-oss-120b": (128, 4, 2880, 2880),
 }
@@ -270,6 +272,9 @@ def _moes() -> Iterator[Case]:
                 yield _moe(model, tokens, "dense", False, 0 if quick else 1)
         for tokens in (16, 256, 1024):
             yield _moe(model, tokens, "fused", True, 1 if tokens == 256 else 2)
+    for model in ("deepseek-v2-lite", "qwen3-235b-a22b"):
+        for tokens in (1, 8, 32, 128, 512, 2048):
+            yield _moe(model, tokens, "fused", False, 2)
     for tokens in (1, 8, 64, 1024):
         yield _moe("olmoe-1b-7b", tokens, "grouped", False, 1)
         yield _moe("olmoe-1b-7b", tokens, "loop", False, 1)
@@ -278,9 +283,9 @@ def _moes() -> Iterator[Case]:
 
 
 _QUANTISED_ROWS = {
-    "llama-3.1-8b.gate_up": (1, 16, 64, 128, 256, 1024, 4096),
-    "llama-3.1-8b.qkv": (1, 64, 256, 2048),
-    "qwen3-14b.down": (1, 16, 128, 512, 8192),
+    "llama-3.1-8b.gate_up": (1, 16, 24, 32, 48, 64, 128, 256, 1024, 4096),
+    "llama-3.1-8b.qkv": (1, 32, 64, 256, 2048),
+    "qwen3-14b.down": (1, 16, 32, 48, 128, 512, 8192),
     "llama-3.2-1b.o": (1, 128, 1024),
 }
 

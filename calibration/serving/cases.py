@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from calibration.metering.windows import Meter, Reading, window_to_json
 from calibration.serving.engine import Engine, RunLog, TimeUpError, clock
 from calibration.serving.plan import Case, EngineRun, Plan, Requests, requests_of
 from calibration.serving.steady import measure_steady
+from calibration.serving.step_kernels import per_step, traced
 
 COUNTER_LAG_SECONDS = 0.04
 """How long after the work's end the counter is left alone, so that the tick holds all of it."""
@@ -245,6 +247,38 @@ def measure_experts(engine: Any, case: Case, seed: int, vocab_size: int) -> dict
     return {"experts": found}
 
 
+def measure_kernels(
+    engine: Engine, case: Case, seed: int, vocab_size: int, deadline: float
+) -> dict[str, Any]:
+    """Kernels of a prompt's step and of a decode step, for each batch of the case; not metered.
+
+    A decode step's are those that `output_tokens` tokens take beyond the first, over their number.
+    """
+    found = []
+    for batch in case.batches:
+        inputs = np.full(batch, case.input_tokens)
+        requests = [
+            Requests(np.zeros(batch), inputs, np.full(batch, n)) for n in (1, case.output_tokens)
+        ]
+        first, all_of_them = (engine.prepare(r, _prompts(r, vocab_size, seed)) for r in requests)
+        engine.run(all_of_them, deadline)
+        log = engine.run(all_of_them, deadline)
+        short, long = (
+            traced(partial(engine.run, work, deadline)) for work in (first, all_of_them)
+        )
+        found.append(
+            {
+                "batch": batch,
+                "first_step_seconds": float(log.step_end_seconds[0]),
+                "decode_step_seconds": _spread(np.diff(log.step_end_seconds)),
+                "steps": len(log.step_tokens),
+                "first_step": per_step(short),
+                "decode_step": per_step(long, short, case.output_tokens - 1),
+            }
+        )
+    return {"kernels": found}
+
+
 def run_cases(
     engine: Engine,
     meter: TickMeter,
@@ -268,6 +302,8 @@ def run_cases(
                 result = measure_steady(engine, meter, case, plan, vocab_size, deadline)
             elif case.kind == "experts":
                 result = measure_experts(engine, case, plan.seed, vocab_size)
+            elif case.kind == "kernels":
+                result = measure_kernels(engine, case, plan.seed, vocab_size, deadline)
             else:
                 result = measure_case(
                     engine,

@@ -36,7 +36,7 @@ from energymodel.errors import ConfigurationError, TraceError, unknown_name
 
 STACKS = ("vllm", "vllm-eager", "transformers", "transformers-compile")
 TRACKERS = ("codecarbon",)
-KINDS = ("static", "trace", "steady", "idle", "experts")
+KINDS = ("static", "trace", "steady", "idle", "experts", "kernels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,8 @@ class Case:
     kind: str = "static"
     """`static`: one batch of equal requests; `trace`: requests of a file; `steady`: always `batch`
     sequences running (the engine's max_num_seqs), of one length or those of a trace; `idle`: no
-    work; `experts`: how many experts a step touches (not metered)."""
+    work; `experts`: how many experts a step touches; `kernels`: which kernels a step runs (both not
+    metered)."""
     input_tokens: int = 0
     output_tokens: int = 0
     batch: int = 0
@@ -64,7 +65,7 @@ class Case:
     seconds: float = 2.0
     """Length of an idle or steady case."""
     batches: tuple[int, ...] = ()
-    """Batch sizes of an `experts` case."""
+    """Batch sizes of an `experts` or `kernels` case."""
     top_p: float = 0.0
     """Share of probability to sample the next token from; 0 = greedy."""
 
@@ -80,7 +81,9 @@ class Case:
         if self.kind == "steady":
             of = Path(self.trace).stem or f"i{self.input_tokens}-o{self.output_tokens}"
             return f"steady-{of}-n{self.batch}"
-        return f"idle-{self.state}" if self.kind == "idle" else "experts"
+        if self.kind == "kernels":
+            return f"kernels-i{self.input_tokens}-o{self.output_tokens}"
+        return f"idle-{self.state}" if self.kind == "idle" else self.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +235,13 @@ def _case(raw: dict[str, Any], where: str) -> Case:
         raise ConfigurationError(f"{where}: 'state' of an idle case is context or polling")
     if case.kind == "experts" and not case.batches:
         raise ConfigurationError(f"{where}: an experts case needs 'batches', a list of sizes")
+    if case.kind == "kernels" and (
+        not case.batches or case.input_tokens < 1 or case.output_tokens < 2  # noqa: PLR2004
+    ):
+        raise ConfigurationError(
+            f"{where}: a kernels case needs 'batches', input_tokens of at least 1 and "
+            "output_tokens of at least 2"
+        )
     if not 0 <= case.top_p <= 1:
         raise ConfigurationError(f"{where}: 'top_p' lies between 0 and 1, not {case.top_p:g}")
     if case.speed <= 0:

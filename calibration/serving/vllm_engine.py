@@ -209,6 +209,7 @@ class VllmEngine:
             "cudagraph_capture_sizes": lambda: list(compilation.cudagraph_capture_sizes or ()),
             "block_size": lambda: config.cache_config.block_size,
             "num_gpu_blocks": lambda: config.cache_config.num_gpu_blocks,
+            "quantization": lambda: config.model_config.quantization,
             "kv_cache_dtype": lambda: str(config.cache_config.cache_dtype),
             "prefix_caching": lambda: config.cache_config.enable_prefix_caching,
             "v2_model_runner": lambda: config.use_v2_model_runner,
@@ -270,7 +271,7 @@ def _randomise(model: Any, std: float, seed: int) -> int:
     with torch.inference_mode():
         generators: dict[Any, Any] = {}
         for name, weight in model.named_parameters():
-            if not weight.is_floating_point() or weight.element_size() == 1:
+            if not weight.is_floating_point() or weight.element_size() == 1 or "scale" in name:
                 continue  # quantised storage: the engine's own values stay
             generator = generators.setdefault(
                 weight.device, torch.Generator(weight.device).manual_seed(seed)
@@ -302,13 +303,14 @@ def _fill_packed_weights(seed: int) -> None:
     def initialize(model: Any, *arguments: Any, **named: Any) -> None:
         original(model, *arguments, **named)
         for name, weight in model.named_parameters():
-            if weight.dtype != torch.uint8:
+            packed = weight.dtype == torch.int32 and name.endswith("qweight")  # GPTQ's
+            if weight.dtype != torch.uint8 and not packed:
                 continue
             if "scale" in name:
                 weight.data.fill_(_SCALE_EXPONENT_BYTE)
             else:
                 generator = torch.Generator(weight.device).manual_seed(seed)
-                weight.data.random_(0, 256, generator=generator)
+                weight.data.view(torch.uint8).random_(0, 256, generator=generator)
 
     dummy_loader.initialize_dummy_weights = initialize
 
