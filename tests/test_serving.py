@@ -447,9 +447,7 @@ class FakeWeight:
 
 def test_packed_dummy_weights_get_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = types.SimpleNamespace(manual_seed=lambda seed: seed)
-    torch = types.SimpleNamespace(
-        uint8="uint8", int32="int32", Generator=lambda device: generator
-    )
+    torch = types.SimpleNamespace(uint8="uint8", int32="int32", Generator=lambda device: generator)
     loader = types.SimpleNamespace(initialize_dummy_weights=lambda model, config: called.append(1))
     called: list[int] = []
     package = types.ModuleType("vllm.model_executor.model_loader")

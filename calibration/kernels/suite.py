@@ -202,6 +202,20 @@ def _prefill(heads: str, batch: int, tokens: int, past: int, priority: int) -> C
     )
 
 
+_RAGGED = {
+    "32x8x128": (
+        *((1, 132), (8, 132), (32, 132), (128, 132), (256, 132), (32, 200), (64, 320)),
+        *((256, 260), (128, 700), (16, 1500), (4, 3000)),
+    ),
+    "16x16x128": ((1, 132), (32, 132), (128, 300), (8, 700)),
+    "32x8x64": ((1, 132), (32, 132), (256, 300), (64, 1100)),
+    "40x8x128": ((8, 132), (128, 132), (64, 300)),
+    "32x4x128": ((1, 132), (32, 200), (256, 132)),
+}
+"""Batches and contexts of decode attention that leave the last block of 128 keys partly filled, as
+nearly all do that are served; those beside them fill it."""
+
+
 def _attentions() -> Iterator[Case]:
     points = [
         *((1, 512), (1, 4096), (1, 16384), (4, 1024), (8, 2048), (8, 16384), (16, 512)),
@@ -213,6 +227,9 @@ def _attentions() -> Iterator[Case]:
     for heads in list(_HEADS)[1:]:
         for index, (batch, context) in enumerate(others):
             yield _decode(heads, batch, context, 1 if index % 2 == 0 else 2)
+    for heads, points in _RAGGED.items():
+        for batch, context in points:
+            yield _decode(heads, batch, context, 1 if batch == 32 else 2)
     prompts = [(1, 128), (1, 512), (1, 2048), (1, 8192), (1, 16384), (4, 2048), (8, 512), (32, 128)]
     for batch, tokens in prompts:
         quick = (batch, tokens) in ((1, 512), (1, 2048), (1, 8192))

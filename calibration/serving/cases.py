@@ -263,9 +263,7 @@ def measure_kernels(
         first, all_of_them = (engine.prepare(r, _prompts(r, vocab_size, seed)) for r in requests)
         engine.run(all_of_them, deadline)
         log = engine.run(all_of_them, deadline)
-        short, long = (
-            traced(partial(engine.run, work, deadline)) for work in (first, all_of_them)
-        )
+        short, long = (traced(partial(engine.run, work, deadline)) for work in (first, all_of_them))
         found.append(
             {
                 "batch": batch,
