@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from energymodel.calibrations import Calibration, list_calibrations, load_calibration
 from energymodel.costs import CostTables, cost_tables
 from energymodel.errors import CapacityError, ConfigurationError, ProfileError, unknown_name
+from energymodel.expert_tiles import with_tuned_tiles
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
 from energymodel.operators import WEIGHTS_ONLY, compute_dtype, operator_table
@@ -131,6 +132,7 @@ def deploy(
     if draft is not None:
         serving = with_drafts(serving, draft)
     fitted = _calibration(gpu_spec, calibration)
+    model_spec = with_tuned_tiles(model_spec, serving, gpu_spec)
     try:
         costs = cost_tables(model_spec, serving, gpu_spec, fitted)
     except CapacityError as error:

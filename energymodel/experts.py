@@ -5,6 +5,8 @@ Token-choice routing (Fedus et al. 2021); the kernels are vLLM's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,13 +25,19 @@ def distinct_experts(tokens: Array, num_experts: int, experts_per_token: int) ->
     return result
 
 
-def moe_tile_rows(tokens: Array) -> Array:
+_TILE_ROWS = ((32, 16), (96, 32), (512, 64), (np.inf, 128))
+
+
+def moe_tile_rows(tokens: Array, tuned: Sequence[tuple[float, int]] = ()) -> Array:
     """Rows of a tile of the fused expert kernel by tokens of the step.
 
     vLLM 0.22, `fused_moe.get_default_config` for 16-bit and per-tensor fp8 weights: 16 up to 32
-    tokens, 32 up to 96, 64 up to 512, then 128. Shapes with a tuned file may differ by one step.
+    tokens, 32 up to 96, 64 up to 512, then 128; or those of a launch `tuned` for the GPU
+    (`MoeSpec.tile_rows`).
     """
-    return np.select([tokens <= 32, tokens <= 96, tokens <= 512], [16.0, 32.0, 64.0], 128.0)
+    last, rows = np.array(tuned or _TILE_ROWS, dtype=float).T
+    result: Array = rows[np.searchsorted(last, tokens)]
+    return result
 
 
 def packed_tile_rows(tokens: Array, num_experts: int, experts_per_token: int) -> Array:
@@ -44,7 +52,12 @@ def packed_tile_rows(tokens: Array, num_experts: int, experts_per_token: int) ->
 
 
 def expert_rows(
-    tokens: Array, num_experts: int, experts_per_token: int, *, packed: bool = False
+    tokens: Array,
+    num_experts: int,
+    experts_per_token: int,
+    *,
+    packed: bool = False,
+    tuned: Sequence[tuple[float, int]] = (),
 ) -> Array:
     """Expected rows of the fused expert kernel, each expert's rows padded to whole tiles.
 
@@ -55,7 +68,7 @@ def expert_rows(
     if packed:
         tile = packed_tile_rows(tokens, num_experts, experts_per_token)
     else:
-        tile = moe_tile_rows(tokens)
+        tile = moe_tile_rows(tokens, tuned)
     share = experts_per_token / num_experts
     mean = tokens * share
     deviation = np.sqrt(np.maximum(mean * (1.0 - share), 1e-12))

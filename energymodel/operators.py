@@ -60,8 +60,30 @@ for the sum of squares (vLLM 0.22, `layernorm_kernels.cu`)."""
 QUANTISE_BYTES = 5.0
 """What making an element of 8-bit activations passes [B]: its 16 bits twice, the first time for the
 largest of the row, and its 8 bits (vLLM 0.22, `dynamic_per_token_scaled_fp8_quant`)."""
+_ROUTING_KERNELS = 4
+"""Small kernels that last as long as those of a router: a top-k (3.2 to 3.9 us for 64 and 128
+experts where a copy takes 1.0) and the copy of the experts' output; and what its product takes
+longer than others, which two thread blocks do alone (5 us). Kernels of steps, H200,
+`data/serving`."""
+_EXPERT_QUANTISE_KERNELS, _EXPERT_QUANTISE_BYTES = 6, 15.0
+"""Kernels, and bytes an element that pass as long as they take, where activations of 8-bit experts
+are made: for either product the largest element of all rows, its zero before it, and the division
+(vLLM 0.22, `scaled_fp8_quant`; 123 and 491 us for 4,096 and 16,384 tokens of Qwen3-30B, H200)."""
 TILE = 128
 """Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
+KEY_BLOCK = 128
+"""Keys that decode attention takes at a time, the last ones of a sequence padded to as many
+(FlashAttention 3 over a paged cache, `tile_size_fwd_sm90`)."""
+
+
+def decode_query_rows(queries: Array | float) -> Array:
+    """Query rows that decode attention multiplies with each key of a KV head [-].
+
+    The query heads of a KV head, and the queries of a sequence, lie in tiles of TILE rows and
+    seldom fill one (FlashAttention 3, `tile_size_fwd_sm90`).
+    """
+    result: Array = np.ceil(np.asarray(queries) / TILE) * TILE
+    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +191,15 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         yield _gemm("kv_b_proj", up_width, spec.kv_lora_rank, count, dtype)
         kv_elements = float(latent)
         decode_flops = 2.0 * heads * (latent + spec.kv_lora_rank)
+        executed, last_block = decode_flops * serving.decode_queries, 0.0
     else:
         qkv = heads * spec.head_dim + kv_heads * (spec.head_dim + spec.value_head_dim)
         yield _gemm("qkv_proj", qkv, hidden, count, dtype)
         kv_elements = kv_heads * (spec.head_dim + spec.value_head_dim)
         decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
+        rows = float(decode_query_rows(heads / kv_heads * serving.decode_queries))
+        executed = 2.0 * kv_heads * rows * (spec.head_dim + spec.value_head_dim)
+        last_block = executed * KEY_BLOCK / 2.0  # half of it is empty on average
     query = heads * spec.head_dim
     output = heads * spec.value_head_dim
     passed = (query + output + kv_elements) * ACTIVATION_BYTES
@@ -198,14 +224,18 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         compute_dtype="bf16",
         calls=count,
         flops={kv_stat: decode_flops * count * queries},
-        executed_flops={kv_stat: decode_flops * count * queries},
+        executed_flops={
+            kv_stat: executed * count,
+            "decode_sequences": last_block * count / queries,
+        },
         hbm_bytes={kv_stat: kv_elements * kv_bytes * count * _cache_passes(spec, serving)},
         activation_bytes={"decode_sequences": (query + output) * ACTIVATION_BYTES * count},
         tiles={"decode_sequences": sequence_tiles * count / queries},
     )
     # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
     rotary = 2.0 * (query + kv_elements) * ACTIVATION_BYTES
-    yield _elementwise("rotary_and_kv_write", rotary, count, kernels=2)
+    kernels = 3 if serving.stack == "vllm" else 2  # compiled: one for queries, one for keys
+    yield _elementwise("rotary_and_kv_write", rotary, count, kernels)
     if spec.qk_norm_elements and serving.stack != "vllm":  # whose compiler fuses them with rotary
         heads_normed = 2.0 * (query + kv_heads * spec.head_dim) * ACTIVATION_BYTES
         yield _elementwise("qk_norm", heads_normed, count, kernels=2)
@@ -248,18 +278,21 @@ def _elementwise(
     )
 
 
-def _quantise(name: str, width: float, count: float, kernels: int = 1) -> _Operator:
+def _quantise(
+    name: str, width: float, count: float, kernels: int, bytes_each: float = QUANTISE_BYTES
+) -> _Operator:
     """Activations of products in 8 bit: a kernel scales each row by its largest element."""
-    return _elementwise(f"{name}_quantise", width * QUANTISE_BYTES, count, kernels)
+    return _elementwise(f"{name}_quantise", width * bytes_each, count, kernels)
 
 
 def _dense_mlp(
-    prefix: str, width: float, gated: bool, hidden: int, count: float, dtype: str
+    prefix: str, width: float, gated: bool, hidden: int, count: float, serving: ServingConfig
 ) -> Iterator[_Operator]:
-    up = 2.0 * width if gated else width
+    up, dtype = 2.0 * width if gated else width, serving.weight_dtype
     yield _gemm(f"{prefix}up_proj", up, hidden, count, dtype)
     passed = (up + width) * ACTIVATION_BYTES
-    yield _elementwise("activation", passed, count, kernels=1, block_bytes=passed)
+    row = 0.0 if serving.stack == "vllm" else passed  # compiled, it spreads a row over blocks
+    yield _elementwise("activation", passed, count, kernels=1, block_bytes=row)
     yield _gemm(f"{prefix}down_proj", hidden, width, count, dtype)
     if dtype in EIGHT_BIT:
         yield _quantise(f"{prefix}mlp", hidden + width, count, kernels=2)
@@ -276,12 +309,12 @@ def _feed_forward(
     )
     if isinstance(spec, MlpSpec):
         width = spec.intermediate_size / tp
-        yield from _dense_mlp("", width, spec.gated, hidden, count, serving.weight_dtype)
+        yield from _dense_mlp("", width, spec.gated, hidden, count, serving)
         return
     yield _gemm("router", spec.num_experts, hidden, count, "bf16")
     if spec.shared_intermediate_size:
         width = spec.shared_intermediate_size / tp
-        yield from _dense_mlp("shared_", width, spec.gated, hidden, count, serving.weight_dtype)
+        yield from _dense_mlp("shared_", width, spec.gated, hidden, count, serving)
     dtype = model.expert_dtype or serving.weight_dtype
     width = spec.expert_intermediate_size / tp
     up = 2.0 * width if spec.gated else width
@@ -299,10 +332,13 @@ def _feed_forward(
         tiles={"expert_rows": (up + hidden) * count / TILE**2},
     )
     if dtype not in WEIGHTS_ONLY:  # whose kernels do it themselves
-        # softmax and top-k over the router's logits
-        yield _elementwise("routing", spec.num_experts * 8.0, count, kernels=2)
+        # top-k over the router's logits; the experts' output is copied
+        passed = spec.num_experts * 8.0 + 2.0 * hidden * ACTIVATION_BYTES
+        yield _elementwise("routing", passed, count, _ROUTING_KERNELS)
     if dtype in EIGHT_BIT:
-        yield _quantise("experts", hidden + width * top_k, count, kernels=2)
+        elements = hidden + width * top_k
+        made = _EXPERT_QUANTISE_KERNELS, _EXPERT_QUANTISE_BYTES
+        yield _quantise("experts", elements, count, *made)
 
 
 def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
@@ -427,7 +463,9 @@ def step_stats(model: ModelSpec, **stats: Array | float) -> Array:
         chosen = (moe.num_experts, moe.experts_per_token)
         matrix[:, _STAT["distinct_experts"]] = distinct_experts(tokens, *chosen)
         packed = model.expert_dtype in WEIGHTS_ONLY
-        matrix[:, _STAT["expert_rows"]] = expert_rows(tokens, *chosen, packed=packed)
+        matrix[:, _STAT["expert_rows"]] = expert_rows(
+            tokens, *chosen, packed=packed, tuned=moe.tile_rows
+        )
     return matrix
 
 

@@ -111,6 +111,9 @@ class MoeSpec:
     bias: bool = False
     """Biases on the experts' projections."""
     router_bias_elements: int = 0
+    tile_rows: tuple[tuple[float, int], ...] = ()
+    """(tokens of a step up to which it counts, rows of a tile) of a launch tuned for the GPU that
+    serves the model; empty = the engine's rule (`experts.moe_tile_rows`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,26 @@ def test_the_fit_finds_the_parameters_that_made_the_runs() -> None:
         assert 0.0 < fit.log_std[path] < 0.5
 
 
+def test_boards_that_draw_differently_get_levels_of_their_own() -> None:
+    truth = replace(calibration(), power_cap_watts=5000.0)
+    windows = kernel_rows(read_windows(WINDOWS), gpu())
+    boards = tuple("even" if i % 2 else "hungry" for i in range(len(windows)))
+    levels = {"even": 0.97, "hungry": 1.03}
+    windows = replace(windows, board=boards)
+    seconds, watts = predicted_windows(windows, gpu(), truth, levels)
+    windows = replace(windows, seconds=seconds, watts=watts)
+    parameters = [Parameter(paths=("joules_per_hbm_byte",), prior=3.0)]
+    start = with_values(truth, {"joules_per_hbm_byte": 1.2e-10})
+    fit = joint_fit([], windows, gpu(), start, parameters)
+    apart = np.log(fit.board_levels["hungry"] / fit.board_levels["even"]) / np.log(1.03 / 0.97)
+    assert 0.75 < apart < 1.0  # the prior holds it back
+    assert value_at(fit.calibration, "joules_per_hbm_byte") == pytest.approx(
+        truth.joules_per_hbm_byte, rel=0.02
+    )
+    alone = replace(windows, board=("one",) * len(windows))
+    assert joint_fit([], alone, gpu(), start, parameters).board_levels == {}
+
+
 def test_idle_states_of_serving_runs_are_those_of_a_gpu_with_its_clocks_up() -> None:
     states = read_idle(DATA / "serving", "h100")
     assert {state for state, _ in states} == {"context", "polling"}

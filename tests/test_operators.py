@@ -12,11 +12,19 @@ from hypothesis import strategies as st
 
 from calibration.fitting.kernel_windows import read_windows
 from energymodel.calibrations import load_calibration
+from energymodel.expert_tiles import with_tuned_tiles
 from energymodel.experts import distinct_experts, expert_rows, moe_tile_rows, packed_tile_rows
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
-from energymodel.operators import QUANTISE_BYTES, STATS, operator_table, step_stats
-from energymodel.specs import ServingConfig
+from energymodel.operators import (
+    QUANTISE_BYTES,
+    STATS,
+    decode_query_rows,
+    moe_spec,
+    operator_table,
+    step_stats,
+)
+from energymodel.specs import MoeSpec, ServingConfig
 from tests.shapes import llama_8b, tiny
 
 WINDOWS = sorted((Path(__file__).parents[1] / "calibration/data/kernels").glob("h200-*"))
@@ -40,6 +48,58 @@ def test_tile_rows_are_vllm_0_22s() -> None:
     # fused_moe.get_default_config, 16-bit weights
     tokens = np.array([1, 32, 33, 96, 97, 512, 513, 8192])
     assert moe_tile_rows(tokens).tolist() == [16, 16, 32, 32, 64, 64, 128, 128]
+
+
+def test_tile_rows_are_those_of_the_measured_launches() -> None:
+    # a window holds the launch that vLLM chose on that board, tuned for it or by the rule
+    found = tuned = 0
+    for path in sorted(WINDOWS[0].parent.glob("h?00-card-*")):
+        gpu = load_gpu(path.name.partition("-")[0])
+        for window in read_windows(path):
+            if window["launcher"] != "moe_fused":
+                continue
+            shape = {k: int(v) for k, v in window["shape"].items()}
+            spec = MoeSpec(
+                num_experts=shape["experts"],
+                experts_per_token=shape["top_k"],
+                expert_intermediate_size=shape["width"],
+            )
+            group = replace(tiny().layers[0], feed_forward=spec)
+            model = with_tuned_tiles(replace(tiny(), layers=(group,)), ServingConfig(), gpu)
+            rows = model.layers[0].feed_forward.tile_rows  # type: ignore[union-attr]
+            found, tuned = found + 1, tuned + bool(rows)
+            chosen = moe_tile_rows(np.array([float(shape["tokens"])]), rows)[0]
+            assert chosen == window["details"]["config"]["BLOCK_SIZE_M"], window["case"]
+    assert found > 100
+    assert tuned >= 10
+
+
+def test_tuned_tiles_are_vllms_on_the_gpu_they_were_tuned_for() -> None:
+    model, serving = load_model("qwen3-30b-a3b"), ServingConfig()
+
+    def rows(gpu: str, serving: ServingConfig) -> tuple[tuple[float, int], ...]:
+        moe = moe_spec(with_tuned_tiles(model, serving, load_gpu(gpu)))
+        assert moe is not None
+        return moe.tile_rows
+
+    # E=128,N=768,device_name=NVIDIA_H200.json: 16 rows for 128 tokens, 32 for 256, 64 for 512
+    assert rows("h200", serving) == ((192, 16), (384, 32), (768, 64), (float("inf"), 128))
+    assert rows("h100", serving) == ()
+    assert rows("h100", replace(serving, tensor_parallel=2)) != ()  # 128 experts of width 384
+    assert rows("h200", replace(serving, weight_dtype="fp8")) == ()
+    assert rows("h200", replace(serving, stack="transformers")) == ()
+
+
+def test_decode_attention_multiplies_whole_tiles_of_queries() -> None:
+    # 32 heads on 8 KV heads fill 4 of 128 rows; with 33 queries a sequence 132 rows, two tiles
+    assert decode_query_rows(np.array([1.0, 4.0, 128.0, 132.0])).tolist() == [128, 128, 128, 256]
+    table = operator_table(llama_8b(), ServingConfig())
+    at = table.names.index("attention_decode")
+    executed = dict(zip(STATS, table.executed_flops[at], strict=True))
+    useful = dict(zip(STATS, table.flops[at], strict=True))
+    assert executed["decode_kv_tokens"] == 32 * useful["decode_kv_tokens"]
+    # the last block of 128 keys is half empty on average
+    assert executed["decode_sequences"] == 64 * executed["decode_kv_tokens"]
 
 
 @given(

@@ -435,7 +435,7 @@ class FakeWeight:
     def __init__(self, dtype: str) -> None:
         self.dtype, self.device, self.data, self.held = dtype, "cuda:0", self, "as allocated"
 
-    def view(self, dtype: str) -> "FakeWeight":
+    def view(self, dtype: str) -> FakeWeight:
         return self
 
     def fill_(self, value: int) -> None:

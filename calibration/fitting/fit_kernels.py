@@ -44,6 +44,8 @@ class KernelRows:
     op_class: tuple[str, ...]
     family: tuple[str, ...]
     dtype: tuple[str, ...]
+    board: tuple[str, ...]
+    """Which board each was measured on; empty = unknown."""
     flops: Array
     """Useful ones."""
     executed_flops: Array

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
-from energymodel.operators import NORM_PASSES, SOFTMAX_WIDTH, TILE, compute_dtype
+from energymodel.operators import (
+    KEY_BLOCK,
+    NORM_PASSES,
+    SOFTMAX_WIDTH,
+    TILE,
+    compute_dtype,
+    decode_query_rows,
+)
 from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
@@ -92,6 +99,7 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         op_class=tuple(_CLASS_OF[w["op_class"]] for w in used),
         family=tuple(f"{w['op_class']} {w['family']}" for w in used),
         dtype=tuple(compute_dtype(w["dtype"]) for w in used),
+        board=tuple(w.get("board", "") for w in used),
         flops=column("flops"),
         executed_flops=column("executed_flops"),
         hbm_bytes=np.array([w["hbm_bytes"] + _rereads(w, gpu) for w in used]),
@@ -167,10 +175,13 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
             "tiles": shape["batch"] * rows * shape["heads"] / TILE,
         }
     if kind == "attention_decode":
+        keys = np.ceil(shape["context"] / KEY_BLOCK) * KEY_BLOCK
+        rows = decode_query_rows(shape["heads"] / shape["kv_heads"])
+        tiles = shape["batch"] * shape["kv_heads"]
         return {
             "flops": window["flops"],
-            "executed_flops": window["flops"],
-            "tiles": shape["batch"] * shape["kv_heads"],
+            "executed_flops": 4.0 * tiles * rows * keys * shape["head_dim"],
+            "tiles": tiles,
         }
     if kind in ("moe", "moe_packed"):
         rows = window["details"]["expert_rows"]

@@ -157,6 +157,7 @@ def fit_machine(
         },
         "spread_between_cards": card_spread([*runs, *others]),
         "parameter_log_std": {key: round(value, 3) for key, value in fit.log_std.items()},
+        "board_levels": {key: round(value, 4) for key, value in fit.board_levels.items()},
         "digits_repeat": fit.converged,
     }
     return replace(calibration, origin="measured", intervals=intervals, provenance=provenance)
@@ -226,6 +227,7 @@ def held_out_windows(
 ) -> tuple[Array, Array]:
     """Seconds and watts of the rows, each by a fit without its shape family; both (n,).
 
+    A board's level of joules is what the fit finds in its other windows.
     `fold` (n,) holds out other parts than `window_folds` of the families; rows of negative folds
     are in every fit, and NaN.
     """
@@ -233,8 +235,10 @@ def held_out_windows(
     seconds, watts = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     for number in np.unique(fold[fold >= 0]):
         held = fold == number
-        fitted = _fit([], rows.pick(~held), gpu, start).calibration
-        seconds[held], watts[held] = predicted_windows(rows.pick(held), gpu, fitted)
+        fit = _fit([], rows.pick(~held), gpu, start)
+        seconds[held], watts[held] = predicted_windows(
+            rows.pick(held), gpu, fit.calibration, fit.board_levels
+        )
     return seconds, watts
 
 

@@ -23,7 +23,7 @@ from energymodel.traces import Requests
 
 _KV_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
 _QUANTISED = {"fp8": "fp8", "auto_gptq": "int4"}
-"""Dtype of weights by vLLM's method of quantisation: asked for as they load, or the checkpoint's."""
+"""Dtype of weights by vLLM's method: asked for as they load, or the checkpoint's."""
 _OF_THE_MODEL = ("mxfp4", "gpt_oss_mxfp4")
 """Methods that a model's own profile knows: only its experts are stored so."""
 _GPTQ_BITS = 4
@@ -195,8 +195,17 @@ def _row(
     )
 
 
+def weights_dtype(engine: Mapping[str, Any]) -> str | None:
+    """Dtype of an engine's quantised weights, None for 16-bit ones and what the model implies.
+
+    `engine` : a record of this kind. KeyError where its method is not modelled.
+    """
+    method = _quantisation(engine["run_plan"]["engine"], engine["settings"])
+    return None if method is None else _QUANTISED[method]
+
+
 def _quantisation(asked: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """vLLM's method of quantising the weights, None for 16-bit ones and what the model implies."""
+    """Method by which vLLM quantises, None for 16-bit weights and what the model implies."""
     method = asked.get("quantization") or settings.get("quantization")
     return None if method in _OF_THE_MODEL else method
 

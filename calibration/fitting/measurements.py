@@ -16,7 +16,18 @@ from energymodel.errors import ConfigurationError, EnergyModelError, ProfileErro
 from energymodel.gpus import load_gpu
 from energymodel.specs import GpuSpec
 
-_SERVING_KINDS = {"engine", "run", "steady", "idle", "experts", "done", "skipped", "error", "exit"}
+_SERVING_KINDS = {
+    "engine",
+    "run",
+    "steady",
+    "idle",
+    "experts",
+    "kernels",
+    "done",
+    "skipped",
+    "error",
+    "exit",
+}
 _KERNEL_KINDS = {"header", "case", "software"}
 
 
@@ -68,9 +79,14 @@ def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurem
                 f"{path}: holds neither kernel windows (of `energymodel calibrate`) nor serving "
                 "records (of `energymodel measure`); leave it out"
             )
+        board = path.name
         for record in found:
             if "identity" in record:
-                boards[str(record["identity"]["gpus"][0]["name"])] = path
+                first = record["identity"]["gpus"][0]
+                boards[str(first["name"])] = path
+                board = str(first.get("uuid_sha256") or path.name)
+            elif record.get("kind") == "case":
+                record["board"] = board  # windows of a file follow the header of their board
     known = _known(boards, gpu)
     if not any(r.get("kind") == "case" and r.get("valid") for r in records):
         raise EnergyModelError(

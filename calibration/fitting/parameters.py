@@ -57,7 +57,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     _stack("round_sequence_host_seconds", "vllm", "vllm-eager", prior=1.5),
     _stack("round_host_seconds", "vllm", "vllm-eager", prior=1.0),
     # kernel seconds: other boards' tables are a good start
-    Parameter(paths=("kernel_gap_seconds",), prior=1.0),
+    # steps less their kernels leave 0.2 to 0.6 us a kernel (docs/kernels.md, "Kernels of a step")
+    Parameter(paths=("kernel_gap_seconds",), prior=0.2),
     Parameter(paths=("kernels.gemm.compute_efficiency",), prior=0.15, high=1.3),
     Parameter(paths=("kernels.gemm.memory_efficiency",), prior=0.05, high=1.1),
     Parameter(paths=("kernels.gemm.call_seconds",), prior=0.3),
@@ -88,6 +89,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.attention_prefill.compute_efficiency",), prior=0.15, high=1.3),
     Parameter(paths=("kernels.attention_prefill.call_seconds",), prior=0.5),
     Parameter(paths=("kernels.attention_prefill.tile_seconds",), prior=0.6),
+    Parameter(paths=("kernels.attention_decode.compute_efficiency",), prior=0.5, high=1.3),
     Parameter(paths=("kernels.attention_decode.memory_efficiency",), prior=0.1, high=1.1),
     Parameter(paths=("kernels.attention_decode.call_seconds",), prior=0.5),
     Parameter(paths=("kernels.attention_decode.tile_seconds",), prior=0.6),

@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from energymodel.errors import EnergyModelError
 from energymodel.experts import expert_activation_bytes, moe_tile_rows
-from energymodel.operators import SOFTMAX_WIDTH, TILE
+from energymodel.operators import KEY_BLOCK, SOFTMAX_WIDTH, TILE, decode_query_rows
 from energymodel.specs import GpuSpec
 
 if TYPE_CHECKING:
@@ -192,13 +192,15 @@ def read_generation_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         for c in ("batch_size", "step", "num_heads", "num_key_value_heads", "head_dim")
     )
     keys = batch * (step + 1.0)
+    blocks = batch * np.ceil((step + 1.0) / KEY_BLOCK)
+    rows = decode_query_rows(heads / kv)
     return _rows(
         table,
         "attention_decode",
         "bf16",
         family=_HEADS,
         flops=4.0 * keys * heads * width,
-        executed_flops=4.0 * keys * heads * width,
+        executed_flops=4.0 * blocks * KEY_BLOCK * kv * rows * width,
         hbm_bytes=4.0 * keys * kv * width,
         activation_bytes=4.0 * batch * heads * width,
         tiles=batch * kv,
@@ -310,6 +312,7 @@ def _rows(
         op_class=(op_class,) * count,
         family=tuple("x".join(map(str, shape)) for shape in shapes),
         dtype=(dtype,) * count,
+        board=("",) * count,
         block_bytes=zeros,
         calls=np.ones(count),
         gemm_rows=work.get("gemm_rows", zeros),

@@ -236,7 +236,7 @@ def _case(raw: dict[str, Any], where: str) -> Case:
     if case.kind == "experts" and not case.batches:
         raise ConfigurationError(f"{where}: an experts case needs 'batches', a list of sizes")
     if case.kind == "kernels" and (
-        not case.batches or case.input_tokens < 1 or case.output_tokens < 2  # noqa: PLR2004
+        not case.batches or case.input_tokens < 1 or case.output_tokens < 2
     ):
         raise ConfigurationError(
             f"{where}: a kernels case needs 'batches', input_tokens of at least 1 and "

@@ -42,6 +42,7 @@ from calibration.validation.kernel_repeats import STATISTICS, repeat_sections
 from calibration.validation.limit_table import limit_table
 from calibration.validation.report import markdown_table
 from calibration.validation.rows import DATA
+from calibration.validation.step_table import step_table
 from energymodel.calibrations import Calibration
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
@@ -75,8 +76,9 @@ def page(
     errors: Mapping[str, HeldOut],
     by_rows: Mapping[str, HeldOut],
     bursts: Sequence[Path] = (),
+    served: Sequence[Path] = (),
 ) -> str:
-    """The whole page; `bursts` are files of `calibration.kernels.bursts`."""
+    """The whole page; `bursts` are files of `calibration.kernels.bursts`, `served` of serving."""
     parts = [
         _INTRODUCTION,
         tables.boards_table(boards),
@@ -84,6 +86,7 @@ def page(
         *_graphs(boards),
         *repeat_sections(list(repeats(boards)), list(twice(boards))),
         *_rates(boards),
+        *_steps(served),
         *_limit(bursts),
         *_held_out(errors, by_rows),
     ]
@@ -171,6 +174,20 @@ def _rates(boards: Sequence[Board]) -> Iterator[str]:
     yield tables.states_table(boards)
     yield "## All-reduce on two GPUs\n\nNCCL, ring over NVLink, without multicast."
     yield tables.links_table(boards)
+
+
+def _steps(served: Sequence[Path]) -> Iterator[str]:
+    if not (table := step_table(served)):
+        return
+    yield (
+        "## Kernels of a step\n\nWhat a decode step of vLLM runs, one kernel after another from a "
+        "CUDA graph, by torch's profiler (cases of the kind `kernels`, `calibration/plans`). The "
+        "step's own time is the median without the profiler; what it takes beyond its kernels, "
+        "over their number, lies between two of them. Where a small model waits for its host, that "
+        "is the host's. Predicted: the GPU's part of the step, each kernel's time as windows of it "
+        "alone gave it, and the gap between kernels. Each model on one board."
+    )
+    yield table
 
 
 def _limit(bursts: Sequence[Path]) -> Iterator[str]:
@@ -293,7 +310,8 @@ def write_page(windows: Path, docs: Path) -> Path:
     errors = errors_of(boards)
     by_rows = errors_of(boards, held_out_by_rows)
     bursts = sorted((windows.parent / "bursts").glob("*.jsonl.gz"))
-    text, drawn = page(boards, errors, by_rows, bursts), figures(boards, errors)
+    served = sorted((windows.parent / "serving").glob("*.jsonl.gz"))
+    text, drawn = page(boards, errors, by_rows, bursts, served), figures(boards, errors)
     try:
         (docs / "img").mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():

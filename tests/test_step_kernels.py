@@ -1,0 +1,130 @@
+"""Kernels of an engine's steps: from a profiler's trace, recorded, and beside predictions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.metering.windows import read_jsonl
+from calibration.serving import cases
+from calibration.serving.engine import RunLog
+from calibration.serving.plan import Case, load_plan
+from calibration.serving.step_kernels import Traced, kernels_of, per_step
+from calibration.validation.rows import DATA
+from calibration.validation.step_table import step_table, steps_of
+from energymodel.errors import ConfigurationError
+
+SERVED = sorted((DATA / "serving").glob("h200-card-[fg].jsonl.gz"))
+
+
+def test_kernels_are_told_apart_by_name_and_grid() -> None:
+    gemm = {"cat": "kernel", "name": "gemm", "dur": 4.0, "args": {"grid": [2, 66, 1]}}
+    seen = kernels_of(
+        [
+            gemm,
+            {**gemm, "dur": 6.0},
+            {**gemm, "args": {"grid": [4, 1, 1]}},
+            {"cat": "gpu_memcpy", "name": "copy", "dur": 1.5, "args": {}},
+            {"cat": "cpu_op", "name": "aten::mm", "dur": 99.0},
+            {"name": "process_name", "ph": "M"},
+        ]
+    )
+    assert seen.calls == {"gemm [2x66x1]": 2, "gemm [4x1x1]": 1, "copy []": 1}
+    assert seen.seconds["gemm [2x66x1]"] == pytest.approx(10e-6)
+
+
+def test_what_the_prompt_takes_is_no_part_of_a_decode_step() -> None:
+    prompt = Traced(calls={"a": 3, "once": 1}, seconds={"a": 3e-6, "once": 9e-6})
+    whole = Traced(
+        calls={"a": 3 + 8, "b": 4, "once": 1}, seconds={"a": 19e-6, "b": 40e-6, "once": 9e-6}
+    )
+    assert per_step(whole, prompt, steps=4) == [
+        {"name": "b", "calls": 1.0, "seconds": pytest.approx(10e-6)},
+        {"name": "a", "calls": 2.0, "seconds": pytest.approx(4e-6)},
+    ]
+    assert [k["name"] for k in per_step(prompt)] == ["once", "a"]
+
+
+class FakeEngine:
+    """A step takes 10 ms, and launches a kernel of 6 ms and one that copies."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+
+    def prepare(self, requests: Any, prompts: list[list[int]]) -> Any:
+        assert [len(p) for p in prompts] == requests.input_tokens.tolist()
+        return len(requests), int(requests.output_tokens[0])
+
+    def run(self, prepared: Any, stop_at: float) -> RunLog:
+        batch, steps = prepared
+        self.launched += ["work", "copy"] * steps
+        ends = 0.01 * np.arange(1, steps + 1)
+        whole = np.full(steps, batch)
+        none = np.zeros(batch)
+        return RunLog(0.0, float(ends[-1]), 0.0, none, none, ends, whole, whole)
+
+
+def test_a_kernels_case_traces_the_steps_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+
+    def traced(work: partial[RunLog]) -> Traced:
+        engine.launched.clear()
+        work()
+        calls = {name: engine.launched.count(name) for name in ("work", "copy")}
+        return Traced(calls=calls, seconds={"work": 6e-3 * calls["work"], "copy": 0.0})
+
+    monkeypatch.setattr(cases, "traced", traced)
+    case = Case(kind="kernels", input_tokens=16, output_tokens=5, batches=(1, 8))
+    result = cases.measure_kernels(engine, case, seed=0, vocab_size=100, deadline=1e9)
+    assert [k["batch"] for k in result["kernels"]] == [1, 8]
+    for found in result["kernels"]:
+        assert found["first_step_seconds"] == pytest.approx(0.01)
+        assert found["decode_step_seconds"]["p50"] == pytest.approx(0.01)
+        assert found["steps"] == 5
+        for step in ("first_step", "decode_step"):
+            assert found[step][0] == {"name": "work", "calls": 1.0, "seconds": pytest.approx(6e-3)}
+
+
+def test_a_kernels_case_needs_decode_steps(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(
+        '{"case_sets": {"k": [{"kind": "kernels", "input_tokens": 8, "output_tokens": 1, '
+        '"batches": [1]}]}, "runs": [{"model": "llama-3.1-8b", "stack": "vllm", '
+        '"budget_seconds": 9, "case_sets": ["k"]}]}'
+    )
+    with pytest.raises(ConfigurationError, match="case 0: a kernels case needs 'batches'"):
+        load_plan(plan)
+
+
+def test_steps_of_a_large_model_leave_half_a_microsecond_between_kernels() -> None:
+    steps = [s for path in SERVED for s in steps_of(read_jsonl(path))]
+    large = [s for s in steps if s.model in ("llama-3.1-8b", "qwen3-8b", "qwen3-30b-a3b")]
+    assert len(large) >= 15
+    for step in large:
+        assert 0.1e-6 < step.gap_seconds < 0.8e-6
+        assert 13.0 < step.kernels / {"llama-3.1-8b": 32, "qwen3-8b": 36}.get(step.model, 48) < 20.0
+
+
+def test_steps_are_predicted_from_windows_of_their_kernels() -> None:
+    # the host has no part in them where the GPU takes longer
+    steps = [s for path in SERVED for s in steps_of(read_jsonl(path))]
+    errors = [
+        s.predicted_seconds / s.seconds - 1.0
+        for s in steps
+        if s.model in ("llama-3.1-8b", "qwen3-8b", "qwen3-30b-a3b")
+    ]
+    assert float(np.median(np.abs(errors))) < 0.03
+    assert max(map(abs, errors)) < 0.08
+
+
+def test_the_table_has_a_row_for_each_step_that_is_one() -> None:
+    table = step_table(SERVED).splitlines()
+    assert table[0].startswith("| step | context | ms |")
+    assert any(row.startswith("| h200, qwen3-30b-a3b fp8, batch 32 | 132 |") for row in table)
+    # 32 prompts of 2,048 tokens take four steps of 16,384, beside which others decode
+    assert not any("batch 32 | 2052" in row for row in table)
+    assert step_table([]) == ""
