@@ -39,7 +39,7 @@ ATTENTION_STATS = (
     "prefill_pairs",
     "prefill_window_pairs",
 )
-_ROW_OPERATORS = ("logits", "sampling", "top_p", "beam_top_k")
+_ROW_OPERATORS = ("attention_combine", "logits", "sampling", "top_p", "beam_top_k")
 _RESERVED_BYTES = 1.5 * GIB  # CUDA context, graphs and workspaces of the engine (see docs/limits)
 
 

@@ -71,6 +71,7 @@ are made: for either product the largest element of all rows, its zero before it
 (vLLM 0.22, `scaled_fp8_quant`; 123 and 491 us for 4,096 and 16,384 tokens of Qwen3-30B, H200)."""
 TILE = 128
 """Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
+_PART_BYTES = 4.0
 KEY_BLOCK = 128
 """Keys that decode attention takes at a time, the last ones of a sequence padded to as many
 (FlashAttention 3 over a paged cache, `tile_size_fwd_sm90`)."""
@@ -232,6 +233,11 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         activation_bytes={"decode_sequences": (query + output) * ACTIVATION_BYTES * count},
         tiles={"decode_sequences": sequence_tiles * count / queries},
     )
+    if serving.stack == "vllm" and spec.kind == "gqa":
+        # from a CUDA graph, which fixes how often sequences may be split, a second kernel adds up
+        # the parts, two of 32 bits, of each output, split or not
+        passed = output * (2.0 * _PART_BYTES + ACTIVATION_BYTES)
+        yield _elementwise("attention_combine", passed, count, kernels=1, per="rows")
     # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
     rotary = 2.0 * (query + kv_elements) * ACTIVATION_BYTES
     kernels = 3 if serving.stack == "vllm" else 2  # compiled: one for queries, one for keys

@@ -263,13 +263,15 @@ _CAUSES = """What stands behind misses, as far as the windows tell:
   the first bytes from device memory come 0.5 us later than those from the L2. What is left is a
   norm's reduction, and how a row's time overlaps the memory's. Copies, cache writes, rotary
   embedding, gathers and random sampling are no rows of the class: bytes do not bind them.
-- **MoE**: three families. An up-projection larger than the L2 (Mixtral's) is read again for each
-  block of rows unless the launch is tuned; which launch a GPU gets depends on files of vLLM. Tuned
-  launches with tiles of 256 columns multiply about 1.3 times as fast, which the model does not
-  know (H200, Mixtral and Qwen3).
+- **MoE**: three families on the H100, five on the H200. An up-projection larger than the L2
+  (Mixtral's) is read again for each block of rows unless the launch is tuned; which launch a GPU
+  gets depends on files of vLLM. Tuned launches with tiles of 256 columns multiply about 1.3 times
+  as fast, which the model does not know (H200, Mixtral and Qwen3).
 - **GEMM**: weights that stay in the L2 (`.l2`) at one row: 5 us kernels, whose bytes cost less than
   those from device memory do on the chip. Products with few tiles: which split the library takes.
-- **Boards**: two H200s differ by 6 to 7 % in the power of the same decode step."""
+- **Boards**: two H200s differ by 6 to 7 % in the power of the same decode step; a level of each
+  board's joules, which the fit finds in its other windows, is part of what is predicted here, not
+  of what ships."""
 
 
 def _summary(error: ErrorSummary) -> list[str]:
