@@ -7,12 +7,12 @@ from collections.abc import Mapping
 GREEDY_BYTES_PER_LOGIT = 14.0
 """2 written, 2 read, 4 written as 32 bit, 4 + 2 read by the search of the largest."""
 
-_SORTED = ("top_p", 360.0, 95)
+_SORTED = ("top_p", 360.0, 137)
 """Top-p over the sorted vocabulary in torch's operators, as vLLM up to 0.11 and Transformers draw.
 
 So that, as work of the class `elementwise`, it takes what the kernel windows `sampling.sorted` took
-on the H100: within 2 % of the seconds for 64 and 256 rows, -7 and +60 % for 8 and 1; joules -18 to
-+3 % for 8 rows and more. It is 16 % short on the H200, whose memory is faster and whose sort is
+on the H100: within 1 % of the seconds for 64 and 256 rows, -6 and +62 % for 8 and 1; joules -23 to
+0 % for 8 rows and more. It is 16 % short on the H200, whose memory is faster and whose sort is
 not."""
 
 BEYOND_GREEDY: Mapping[tuple[str, bool], tuple[str, float, int]] = {

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from calibration.fitting.measured_runs import weights_dtype
 from calibration.serving.engine import VLLM_ARGUMENTS
 from energymodel.deployment import deploy
 from energymodel.gpus import load_gpu
 from energymodel.models import model_from_config
+from energymodel.specs import DEFAULT_DTYPE
 
 RUNS = sorted((Path(__file__).parents[1] / "calibration/data/serving").glob("*.jsonl.gz"))
 HYBRID = {"gpt-oss-20b"}  # layers with a window give blocks back, see docs/limits.md
@@ -46,6 +48,7 @@ def test_blocks_as_vllm_reports_them(gpu: str, record: Any) -> None:
         tensor_parallel=settings["tensor_parallel_size"],
         max_step_tokens=settings["max_num_batched_tokens"],
         gpu_memory_utilization=share,
+        dtype=weights_dtype(record) or DEFAULT_DTYPE,
     )
     blocks = deployment.costs.config[2]
     assert settings["block_size"] == 16

@@ -81,7 +81,8 @@ def test_decode_attention_reads_caches_from_device_memory(tmp_path: Path) -> Non
     rows = read_generation_attention(write(tmp_path, "generation_attention", **attention()), H200)
     assert rows.family == ("32x8x128",)
     assert rows.hbm_bytes == pytest.approx([64 * 4096 * 8 * 2 * 128 * 2])
-    assert rows.executed_flops == pytest.approx([4 * 64 * 4096 * 32 * 128])
+    # the four query heads of a KV head in a tile of 128 rows
+    assert rows.executed_flops == pytest.approx([4 * 64 * 4096 * 8 * 128 * 128])
     assert rows.tiles == pytest.approx([64 * 8])
     assert rows.clock == pytest.approx([1.0])  # no power column: too short for the limit
 
