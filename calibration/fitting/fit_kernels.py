@@ -108,14 +108,21 @@ def row_costs(
 
     `override` replaces parameters of `KernelCalibration` for all rows (while one class is fitted).
     """
-    per_class = calibration.kernels
+    classes, of_row = np.unique(np.array(rows.op_class, dtype=str), return_inverse=True)
+    kernels = [calibration.kernels[str(c)] for c in classes]
+    dtypes, dtype_of_row = np.unique(np.array(rows.dtype, dtype=str), return_inverse=True)
 
     def parameter(name: str) -> Array:
         if override is not None and name in override:
             return np.full(len(rows), override[name])
-        return np.array([getattr(per_class[c], name) for c in rows.op_class])
+        values: Array = np.array([getattr(kernel, name) for kernel in kernels])[of_row]
+        return values
 
-    is_link = np.array([c == "communication" for c in rows.op_class])
+    def by_dtype(values: Mapping[str, float]) -> Array:
+        found: Array = np.array([values.get(str(d), np.nan) for d in dtypes])[dtype_of_row]
+        return found
+
+    is_link = classes[of_row] == "communication"
     return kernel_costs(
         flops=rows.flops,
         executed_flops=rows.executed_flops,
@@ -129,17 +136,17 @@ def row_costs(
             gemm_k=rows.gemm_k,
             tiles=rows.tiles,
             calls=rows.calls,
-            is_decode_attention=np.array([c == "attention_decode" for c in rows.op_class]),
+            is_decode_attention=classes[of_row] == "attention_decode",
             sm_count=gpu.sm_count,
         ),
         block_bytes=rows.block_bytes,
         calls=rows.calls,
         gemm_rows=rows.gemm_rows,
         gemm_columns=rows.gemm_columns,
-        flops_per_s=np.array([gpu.peak_flops_per_s.get(d, np.nan) for d in rows.dtype]),
-        eight_bit=np.array([d in EIGHT_BIT for d in rows.dtype]),
+        flops_per_s=by_dtype(gpu.peak_flops_per_s),
+        eight_bit=np.isin(dtypes, EIGHT_BIT)[dtype_of_row],
         bytes_per_s=np.where(is_link, gpu.link_bytes_per_s, gpu.hbm_bytes_per_s),
-        joules_per_flop=np.array([calibration.joules_per_flop.get(d, np.nan) for d in rows.dtype]),
+        joules_per_flop=by_dtype(calibration.joules_per_flop),
         gpu=gpu,
         calibration=calibration,
         parameter=parameter,
