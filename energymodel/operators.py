@@ -63,8 +63,8 @@ largest of the row, and its 8 bits (vLLM 0.22, `dynamic_per_token_scaled_fp8_qua
 _ROUTING_KERNELS = 4
 """Small kernels that last as long as those of a router: a top-k (3.2 to 3.9 us for 64 and 128
 experts where a copy takes 1.0) and the copy of the experts' output; and what its product takes
-longer than others, which two thread blocks do alone (5 us). Kernels of steps, H200,
-`data/serving`."""
+longer than others, which two thread blocks do alone (5 us). Kernels of steps on an H200
+(tests/test_step_kernels.py): within 7 % for 1 to 32 tokens, 11 % short for 128."""
 _EXPERT_QUANTISE_KERNELS, _EXPERT_QUANTISE_BYTES = 6, 15.0
 """Kernels, and bytes an element that pass as long as they take, where activations of 8-bit experts
 are made: for either product the largest element of all rows, its zero before it, and the division
@@ -72,6 +72,7 @@ are made: for either product the largest element of all rows, its zero before it
 TILE = 128
 """Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
 _PART_BYTES = 4.0
+"""Of an output of decode attention while parts of a sequence are added up: 32 bits [B]."""
 KEY_BLOCK = 128
 """Keys that decode attention takes at a time, the last ones of a sequence padded to as many
 (FlashAttention 3 over a paged cache, `tile_size_fwd_sm90`)."""
