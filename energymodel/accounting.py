@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.costs import operator_totals, other_passes, waiting_watts
+from energymodel.costs import of_group, operator_totals, other_passes
 from energymodel.deployment import Deployment
 from energymodel.results import Timeline
 from energymodel.simulator import Simulation
@@ -105,8 +105,8 @@ def add_up(
         prefix = DRAFT_PREFIX if kind > 0 and serving.draft is not None else ""
         named = [{prefix + name: parts for name, parts in own.items()} for own in found]
         operators, work = merged(operators, named[0]), merged(work, named[1])
-    wait = calibration.base_watts * (total("wait_seconds") + total("stretch_seconds"))
-    wait += waiting_watts(calibration, serving) * total("wait_seconds")
+    base_watts = of_group(calibration, serving).base_watts
+    wait = base_watts * (total("wait_seconds") + total("stretch_seconds"))
     prefill, decode = total("prefill_joules"), total("decode_joules")
     # under the power limit a jump's operator sums are products of means: close the sum exactly
     counted = sum(sum(parts.values()) for parts in operators.values())

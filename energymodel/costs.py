@@ -60,8 +60,7 @@ class CostTables:
     host: Array
     """(11,) host and gap seconds, see `host_seconds`."""
     limits: Array
-    """(5,) base W, power limit W, clock-energy exponent, pipeline stages, W beyond the base while
-    a GPU waits (`waiting_watts`)."""
+    """(4,) base W (`of_group`), power limit W, clock-energy exponent, pipeline stages."""
     config: tuple[int, int, int, int, int]
     """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none)."""
     beams: int = 1
@@ -84,6 +83,7 @@ def cost_tables(
     ConfigurationError
         If the calibration does not know the stack.
     """
+    calibration = of_group(calibration, serving)
     token_ops, row_ops, attention_ops = split_table(operator_table(model, serving))
     sequences = serving.max_batch * serving.beams
     graphs = _graph_tokens(serving)
@@ -114,7 +114,6 @@ def cost_tables(
                 calibration.power_cap_watts,
                 calibration.clock_energy_exponent,
                 float(serving.pipeline_parallel),
-                waiting_watts(calibration, serving),
             ]
         ),
         config=(
@@ -163,13 +162,20 @@ def stack_calibration(calibration: Calibration, stack: str) -> StackCalibration:
     return calibration.stacks[stack]
 
 
-def waiting_watts(calibration: Calibration, serving: ServingConfig) -> float:
-    """Power [W] beyond the base of a GPU that waits for its host.
+def of_group(calibration: Calibration, serving: ServingConfig) -> Calibration:
+    """The calibration of a GPU that serves in such a group.
 
-    With tensor parallelism the first GPU to start a step spins in its first all-reduce until the
-    others come, and draws there what small all-reduces draw.
+    With tensor parallelism its links are awake all the while, between the all-reduces of a step
+    and while it spins in one: what small all-reduces draw beyond the base becomes part of it.
     """
-    return calibration.kernels["communication"].active_watts * (serving.tensor_parallel > 1)
+    if serving.tensor_parallel == 1:
+        return calibration
+    link = calibration.kernels["communication"]
+    return replace(
+        calibration,
+        base_watts=calibration.base_watts + link.active_watts,
+        kernels={**calibration.kernels, "communication": replace(link, active_watts=0.0)},
+    )
 
 
 def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
@@ -249,6 +255,7 @@ def operator_totals(
     joules : by operator and component: base, flops, onchip, hbm, link [J]
     work : by operator: executed_flops [FLOP], hbm_bytes [B], gpu_seconds [s]
     """
+    calibration = of_group(calibration, serving)
     token_ops, row_ops, attention_ops = split_table(operator_table(model, serving))
     totals = _Totals(base_watts=calibration.base_watts, joules={}, work={})
     for table, counts, stat in ((token_ops, token_steps, "tokens"), (row_ops, row_steps, "rows")):

@@ -73,6 +73,11 @@ TILE = 128
 """Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
 _PART_BYTES = 4.0
 """Of an output of decode attention while parts of a sequence are added up: 32 bits [B]."""
+_HEAD_WIDTHS = (64.0, 96.0, 128.0, 192.0, 256.0)
+"""Widths of a head that FlashAttention 3 has kernels for."""
+_SLOW_WIDTH, _SLOWER = 96.0, 3.0
+"""Width whose kernel decodes slower, and by what factor: 32 sequences of two blocks take 81 us in
+the steps of Phi-3-mini (H200, tests/test_step_kernels.py); 44 by the width alone, 70 with it."""
 KEY_BLOCK = 128
 """Keys that decode attention takes at a time, the last ones of a sequence padded to as many
 (FlashAttention 3 over a paged cache, `tile_size_fwd_sm90`)."""
@@ -86,6 +91,20 @@ def decode_query_rows(queries: Array | float) -> Array:
     there; windows and public tables of them come out nearer with TILE.
     """
     result: Array = np.ceil(np.asarray(queries) / TILE) * TILE
+    return result
+
+
+def decode_head_width(width: Array | float) -> Array:
+    """Width of a head whose time decode attention takes for heads of `width` [-].
+
+    FlashAttention 3 has kernels for some widths. That for 96, which heads of 80 take too, has tiles
+    of 192 rows and copies a paged cache in pieces of 64 bytes in place of 128.
+    """
+    given = np.asarray(width, dtype=float)
+    kernels = np.searchsorted(_HEAD_WIDTHS, given)
+    padded = np.append(_HEAD_WIDTHS, np.inf)[kernels]
+    padded = np.where(np.isinf(padded), given, padded)  # wider heads: another library's
+    result: Array = np.where(padded == _SLOW_WIDTH, _SLOWER * padded, padded)
     return result
 
 
@@ -201,7 +220,8 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         kv_elements = kv_heads * (spec.head_dim + spec.value_head_dim)
         decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
         rows = float(decode_query_rows(heads / kv_heads * serving.decode_queries))
-        executed = 2.0 * kv_heads * rows * (spec.head_dim + spec.value_head_dim)
+        width = float(decode_head_width((spec.head_dim + spec.value_head_dim) / 2.0))
+        executed = 4.0 * kv_heads * rows * width
         last_block = executed * KEY_BLOCK / 2.0  # half of it is empty on average
     query = heads * spec.head_dim
     output = heads * spec.value_head_dim
@@ -235,11 +255,6 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         activation_bytes={"decode_sequences": (query + output) * ACTIVATION_BYTES * count},
         tiles={"decode_sequences": sequence_tiles * count / queries},
     )
-    if serving.stack == "vllm" and spec.kind == "gqa":
-        # from a CUDA graph, which fixes how often sequences may be split, a second kernel adds up
-        # the parts, two of 32 bits, of each output, split or not
-        passed = output * (2.0 * _PART_BYTES + ACTIVATION_BYTES)
-        yield _elementwise("attention_combine", passed, count, kernels=1, per="rows")
     # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
     rotary = 2.0 * (query + kv_elements) * ACTIVATION_BYTES
     kernels = 3 if serving.stack == "vllm" else 2  # compiled: one for queries, one for keys
@@ -250,6 +265,32 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
     yield _gemm("o_proj", hidden, output, count, dtype)
     if dtype in EIGHT_BIT:
         yield _quantise("attention", hidden + output, count, kernels=2)
+
+
+def _attention_combine(model: ModelSpec, group: LayerGroup, serving: ServingConfig) -> _Operator:
+    """What decode attention launches beside its own kernel, once for a layer.
+
+    From a CUDA graph, which fixes how often sequences may be split, a second kernel adds up the
+    parts, two of 32 bits, of each output, split or not. Where windows differ between layers the
+    split is not planned once for a step, but by a kernel before each layer's.
+    """
+    spec = group.attention
+    width = spec.kv_lora_rank if spec.kind == "mla" else spec.value_head_dim
+    output = spec.num_heads / serving.tensor_parallel * width
+    passed = output * (2.0 * _PART_BYTES + ACTIVATION_BYTES)
+    windows = {g.attention.window_tokens for g in model.layers}
+    kernels = 1 if len(windows) == 1 else 2
+    return _elementwise("attention_combine", passed, float(group.count), kernels, per="rows")
+
+
+def norms_per_layer(model: ModelSpec, group: LayerGroup) -> int:
+    """Norms of a layer beside those of queries and keys: two, four where outputs are normed too.
+
+    An RMS norm has a weight for each element; layer norms come with biases or without weights.
+    """
+    if model.layer_norm:
+        return 1 if model.parallel_block else 2
+    return max(1, round(group.norm_elements / model.hidden_size))
 
 
 def _cache_passes(spec: AttentionSpec, serving: ServingConfig) -> float:
@@ -354,8 +395,10 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
     for group in model.layers:
         count = float(group.count)
         yield from _attention(group, hidden, serving)
+        if serving.stack == "vllm":
+            yield _attention_combine(model, group, serving)
         yield from _feed_forward(model, group, serving)
-        norms = 1 if model.parallel_block else 2
+        norms = norms_per_layer(model, group)
         # fused add and norm: reads input and residual, writes both
         passed = 4.0 * hidden * ACTIVATION_BYTES
         row = NORM_PASSES["add_rms_norm"] * hidden * ACTIVATION_BYTES

@@ -20,8 +20,8 @@ Energy of a step whose GPU time is t:
 with useful FLOPs F (rows of zeros that pad a tile switch no transistors) and with H twice: bytes
 from device memory cross the chip as those from the L2 do. Where one thread block passes a row,
 e_onchip is larger by `block_joules_per_byte`.
-A step in which the host takes longer adds the base for the time that its GPU waits, and, in a
-tensor-parallel group, what spinning in an all-reduce draws (`costs.waiting_watts`).
+A step in which the host takes longer adds the base for the time that its GPU waits. In a
+tensor-parallel group the base is higher by what awake links draw (`costs.of_group`).
 
 When that average power exceeds the board's limit, the clock falls to a share x of its highest
 (`clock_under_cap`): compute-bound time grows as 1/x and core energy falls as x**a, because
@@ -268,6 +268,7 @@ def clock_under_cap(
     calibration: Calibration,
     host_seconds: Array | float = 0.0,
     gap_seconds: Array | float = 0.0,
+    link_watts: Array | float = 0.0,
 ) -> Array:
     """Share x of the highest clock at which average power meets the board's limit [-].
 
@@ -276,16 +277,16 @@ def clock_under_cap(
     not bind. All arrays of one shape. By bisection, and Newton's method from below.
     """
     exponent = calibration.clock_energy_exponent
-    watts = calibration.power_cap_watts - calibration.base_watts
+    room = calibration.power_cap_watts - calibration.base_watts - link_watts
     everything = np.broadcast_arrays(
-        memory_seconds, compute_seconds, fixed_joules, core_joules, host_seconds, gap_seconds
+        memory_seconds, compute_seconds, fixed_joules, core_joules, host_seconds, gap_seconds, room
     )
     share = np.ones_like(memory_seconds)
     seconds = np.maximum(memory_seconds + compute_seconds, host_seconds) + gap_seconds
-    capped = fixed_joules + core_joules > watts * seconds
+    capped = fixed_joules + core_joules > room * seconds
     if not capped.any():
         return share
-    memory, compute, fixed, core, host, gap = (part[capped] for part in everything)
+    memory, compute, fixed, core, host, gap, watts = (part[capped] for part in everything)
 
     def excess(x: Array) -> Array:
         seconds = np.maximum(memory + compute / x, host) + gap
@@ -313,22 +314,24 @@ def step_seconds_and_joules(
     calibration: Calibration,
     host_seconds: Array | float = 0.0,
     gap_seconds: Array | float = 0.0,
-    waiting_watts: Array | float = 0.0,
+    link_watts: Array | float = 0.0,
 ) -> tuple[Array, Array]:
     """Time [s] and energy [J] of steps from `OperatorCosts.tables()`, power limit applied.
 
     A step takes the longer of the GPU's and the host's time, and its gap. Where the limit binds
     although nothing is compute-bound, it is stretched until its average power meets the limit.
-    `waiting_watts` are drawn beyond the base while the GPU waits (`costs.waiting_watts`).
+    `link_watts` are drawn beyond the calibration's base all the while (`costs.of_group`).
     """
     memory, compute, fixed, core = tables.T
-    x = clock_under_cap(memory, compute, fixed, core, calibration, host_seconds, gap_seconds)
+    base = calibration.base_watts + link_watts
+    x = clock_under_cap(
+        memory, compute, fixed, core, calibration, host_seconds, gap_seconds, link_watts
+    )
     gpu = memory + compute / x
     seconds = np.maximum(gpu, host_seconds) + gap_seconds
-    waiting_joules = waiting_watts * (seconds - gpu)
     dynamic = fixed + core * x**calibration.clock_energy_exponent
-    seconds = np.maximum(seconds, dynamic / (calibration.power_cap_watts - calibration.base_watts))
-    return seconds, dynamic + calibration.base_watts * seconds + waiting_joules
+    seconds = np.maximum(seconds, dynamic / (calibration.power_cap_watts - base))
+    return seconds, dynamic + base * seconds
 
 
 _PLAIN = {"gemm_scaled": "gemm", "gemm_packed": "gemm", "moe_packed": "moe"}

@@ -103,7 +103,7 @@ def round_cost(  # type: ignore[no-untyped-def]
     sequences = decoding + prompts
     queries = draft_tokens + 1
     others = draft_tokens - 1
-    base, cap, exponent, waiting = limits[0], limits[1], limits[2], limits[4]
+    base, cap, exponent = limits[0], limits[1], limits[2]
     checked = queries * decoding
     tokens = checked + prompt_tokens
     rows = checked + prompts
@@ -139,7 +139,7 @@ def round_cost(  # type: ignore[no-untyped-def]
     )
     total = max(gpu, host_seconds) + gap
 
-    rest = base * (total - gpu + stretched) + waiting * (total - gpu)
+    rest = base * (total - gpu + stretched)
     by_token = (_joules(t, x, g, base) + rest) / tokens
     by_row = _joules(r, x, g, base) / rows
     by_first_token = _joules(ft, x, g, base) / first_tokens

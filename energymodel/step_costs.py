@@ -150,7 +150,7 @@ def step_cost(  # type: ignore[no-untyped-def]
     decode J (attention left out), decode attention J, prefill J (attention left out), prefill
     attention J, stretched s, table row, row-table row, whether the host is slower than the GPU.
     """
-    base, cap, exponent, pipeline, waiting = limits[0], limits[1], limits[2], limits[3], limits[4]
+    base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
     t, r, d, p, index, row_index, in_graph = pass_parts(
         tokens, rows, att, prefills, decodes, tables, pipeline
     )
@@ -174,7 +174,7 @@ def step_cost(  # type: ignore[no-untyped-def]
         host_seconds, gap, base, cap, exponent,
     )  # fmt: skip
     total = max(gpu, host_seconds) + gap
-    rest = base * (total - gpu + stretched) + waiting * (total - gpu)
+    rest = base * (total - gpu + stretched)
     by_token = (t[2] + t[3] * g + base * (t[0] + t[1] / x) + rest) / tokens
     by_row = (r[2] + r[3] * g + base * (r[0] + r[1] / x)) / rows
     return (

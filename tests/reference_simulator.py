@@ -16,7 +16,6 @@ from energymodel.costs import (
     _attention_sequences,
     kv_blocks,
     split_table,
-    waiting_watts,
 )
 from energymodel.operators import operator_table, step_stats, window_tokens
 from energymodel.roofline import operator_costs, step_seconds_and_joules
@@ -70,6 +69,12 @@ def step_cost(
     *,
     starting: bool,
 ) -> tuple[float, float]:
+    link = 0.0
+    if serving.tensor_parallel > 1:  # awake links draw as much between all-reduces as in them
+        kernel = calibration.kernels["communication"]
+        link = kernel.active_watts
+        kernels = {**calibration.kernels, "communication": replace(kernel, active_watts=0.0)}
+        calibration = replace(calibration, kernels=kernels)
     tokens = sum(count for _, count in work)
     decodes = [r for r, count in work if count == 1 and r.computed > 0]
     prefills = [(r, count) for r, count in work if not (count == 1 and r.computed > 0)]
@@ -107,8 +112,7 @@ def step_cost(
         gap += stack.start_gap_seconds + stack.request_host_seconds * len(prefills)
     else:
         host += stack.request_host_seconds * len(prefills)
-    waiting = waiting_watts(calibration, serving)
-    seconds, joules = step_seconds_and_joules(tables, calibration, host, gap, waiting)
+    seconds, joules = step_seconds_and_joules(tables, calibration, host, gap, link)
     return float(seconds[0]), float(joules[0])
 
 

@@ -24,6 +24,7 @@ from energymodel.operators import operator_table, step_stats
 from energymodel.roofline import operator_costs
 
 SERVED = sorted((DATA / "serving").glob("h200-card-[fg].jsonl.gz"))
+OTHER_FAMILIES = DATA / "serving" / "h200-card-i.jsonl.gz"
 
 
 def test_kernels_are_told_apart_by_name_and_grid() -> None:
@@ -189,6 +190,37 @@ def test_a_router_takes_what_its_kernels_took(batch: int) -> None:
     gaps = 3 * load_calibration("h200").kernel_gap_seconds
     predicted = predicted_layer("bf16", float(batch), "router", "routing")
     assert predicted == pytest.approx(taken + gaps, rel=0.08)
+
+
+@pytest.mark.parametrize(("inputs", "batch"), [(128, 1), (128, 32), (2048, 1)])
+def test_decode_attention_of_heads_of_96_takes_what_its_kernel_took(
+    inputs: int, batch: int
+) -> None:
+    kernels = next(
+        found["decode_step"]
+        for r in read_jsonl(OTHER_FAMILIES)
+        if r["kind"] == "kernels" and r["model"] == "phi-3-mini"
+        if r["case"]["input_tokens"] == inputs
+        for found in r["kernels"]
+        if found["batch"] == batch
+    )
+    taken = sum(k["seconds"] for k in kernels if "FlashAttnFwdSm90" in k["name"])
+    deployed = deploy(gpu="h200", model="phi-3-mini")
+    table = operator_table(deployed.model, deployed.serving)
+    blocks = np.ceil((inputs + 4.5) / 128)  # on average half of the last one is empty
+    keys = float(batch * (blocks * 128 - 64))
+    stats = step_stats(
+        deployed.model,
+        tokens=float(batch),
+        rows=float(batch),
+        decode_kv_tokens=keys,
+        decode_window_kv_tokens=keys,
+        decode_sequences=float(batch),
+    )
+    costs = operator_costs(table, stats, deployed.gpu, deployed.calibration)
+    seconds = (costs.memory_seconds + costs.compute_seconds)[0]
+    predicted = seconds[table.names.index("attention_decode")]
+    assert predicted == pytest.approx(taken, rel=0.15)
 
 
 def predicted_layer(dtype: str, tokens: float, *names: str) -> float:

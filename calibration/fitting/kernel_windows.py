@@ -18,6 +18,7 @@ from energymodel.operators import (
     SOFTMAX_WIDTH,
     TILE,
     compute_dtype,
+    decode_head_width,
     decode_query_rows,
 )
 from energymodel.specs import GpuSpec
@@ -178,9 +179,10 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
         keys = np.ceil(shape["context"] / KEY_BLOCK) * KEY_BLOCK
         rows = decode_query_rows(shape["heads"] / shape["kv_heads"])
         tiles = shape["batch"] * shape["kv_heads"]
+        width = float(decode_head_width(shape["head_dim"]))
         return {
             "flops": window["flops"],
-            "executed_flops": 4.0 * tiles * rows * keys * shape["head_dim"],
+            "executed_flops": 4.0 * tiles * rows * keys * width,
             "tiles": tiles,
         }
     if kind in ("moe", "moe_packed"):

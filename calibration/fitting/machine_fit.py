@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from calibration.fitting.fit_kernels import (
     fit_kernel_seconds,
     summarize,
 )
+from calibration.fitting.hosts import ratio_of_hosts, read_hosts, with_host_times
 from calibration.fitting.joint_fit import JointFit, joint_fit, predicted_windows
 from calibration.fitting.kernel_windows import kernel_rows, link_rows
 from calibration.fitting.measured_runs import read_own
@@ -98,6 +99,9 @@ def fit_machine(
     others = runs_of([row for row in mine if not _is_open(row, split)])
     if found:
         progress(f"{len(runs)} serving runs, {len(others)} more that are never fitted")
+    hosts = read_hosts(measured.serving_files)
+    ratio = 1.0 if runs else ratio_of_hosts(hosts, start)
+    start = with_host_times(start, ratio)
     fit = _fit(runs, rows, gpu, start)
     calibration = _rounded(fit.calibration)
     held_out = _by_stack([(run, calibration) for run in others])
@@ -160,6 +164,8 @@ def fit_machine(
         "board_levels": {key: round(value, 4) for key, value in fit.board_levels.items()},
         "digits_repeat": fit.converged,
     }
+    if hosts is not None:
+        provenance["hosts"] = {**asdict(hosts), "host_times_scaled_by": round(ratio, 4)}
     return replace(calibration, origin="measured", intervals=intervals, provenance=provenance)
 
 

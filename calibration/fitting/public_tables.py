@@ -47,7 +47,13 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from energymodel.errors import EnergyModelError
 from energymodel.experts import expert_activation_bytes, moe_tile_rows
-from energymodel.operators import KEY_BLOCK, SOFTMAX_WIDTH, TILE, decode_query_rows
+from energymodel.operators import (
+    KEY_BLOCK,
+    SOFTMAX_WIDTH,
+    TILE,
+    decode_head_width,
+    decode_query_rows,
+)
 from energymodel.specs import GpuSpec
 
 if TYPE_CHECKING:
@@ -200,7 +206,7 @@ def read_generation_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         "bf16",
         family=_HEADS,
         flops=4.0 * keys * heads * width,
-        executed_flops=4.0 * blocks * KEY_BLOCK * kv * rows * width,
+        executed_flops=4.0 * blocks * KEY_BLOCK * kv * rows * decode_head_width(width),
         hbm_bytes=4.0 * keys * kv * width,
         activation_bytes=4.0 * batch * heads * width,
         tiles=batch * kv,

@@ -26,9 +26,9 @@ from energymodel.calibrations import Calibration
 from energymodel.costs import (
     ATTENTION_STATS,
     host_seconds,
+    of_group,
     other_passes,
     split_table,
-    waiting_watts,
 )
 from energymodel.deployment import Deployment
 from energymodel.operators import OperatorTable, operator_table, step_stats
@@ -301,7 +301,9 @@ class RecordedRuns:
         Numbers of the calibration may be complex, which gives derivatives (`robust_minimum`);
         `rounding` : see `ROUNDING`; 0 = as the simulator has it.
         """
-        tables = self.steps @ (self.parts @ self.kernels.tables(calibration))
+        groups = [of_group(calibration, serving) for _, serving in self.hosts]
+        apart = next((g for g in groups if g is not calibration), calibration)
+        tables = self.steps @ (self.parts @ self.kernels.tables(apart))
         host = np.concatenate(
             [
                 host_seconds(model, calibration.stacks[serving.stack], serving)
@@ -309,9 +311,9 @@ class RecordedRuns:
             ]
         )
         longer = _smooth_maximum(tables[:, 0] + tables[:, 1], self.host @ host, rounding)
-        waiting = [waiting_watts(calibration, serving) for _, serving in self.hosts]
+        link = np.array([g.base_watts - calibration.base_watts for g in groups])
         seconds, joules = step_seconds_and_joules(
-            tables, calibration, longer, self.gap @ host, np.array(waiting)[self.step_hosts]
+            tables, calibration, longer, self.gap @ host, link[self.step_hosts]
         )
 
         def by_run(values: Array) -> Array:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from calibration.validation.rows import MeasuredRow
 from energymodel.calibrations import Calibration
-from energymodel.costs import CostTables, cost_tables, waiting_watts
+from energymodel.costs import CostTables, cost_tables, of_group
 from energymodel.deployment import Deployment, deploy
 from energymodel.simulator import simulate
 from energymodel.specs import STATIC_STACKS
@@ -86,9 +86,7 @@ def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Arr
         joules[i] = totals["prefill_joules"] + totals["decode_joules"]
         joules[i] += totals["idle_seconds"] * calibration.polling_idle_watts
         waits = totals["wait_seconds"] + totals["stretch_seconds"]
-        waiting[i] = waits * calibration.base_watts
-        waiting[i] += totals["wait_seconds"] * waiting_watts(calibration, d.serving)
-        waiting[i] /= joules[i]
+        waiting[i] = waits * of_group(calibration, d.serving).base_watts / joules[i]
         joules[i] *= d.gpus_per_replica
     return joules, seconds, ttft, waiting
 

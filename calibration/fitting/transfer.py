@@ -110,8 +110,15 @@ def start_from(name_or_path: str, gpu: str) -> Calibration:
         moved = transfer(gpu, found)
     except EnergyModelError:
         return found
-    # named after the GPU that was measured, and with its intervals
-    return replace(moved, gpu=found.gpu, origin=found.origin, intervals=found.intervals)
+    # named after the GPU that was measured, with its intervals and the hosts behind its host times
+    hosts = {name: found.provenance[name] for name in ("hosts",) if name in found.provenance}
+    return replace(
+        moved,
+        gpu=found.gpu,
+        origin=found.origin,
+        intervals=found.intervals,
+        provenance={**moved.provenance, **hosts},
+    )
 
 
 def _with_measured_factors(

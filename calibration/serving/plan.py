@@ -277,7 +277,7 @@ def _run(
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """Fields of a model's `config.json`, with bf16 weights; the profile's own notes stripped.
+    """Fields of a model's `config.json`, with bf16 weights; notes and its own code stripped.
 
     Raises
     ------
@@ -293,7 +293,8 @@ def model_config(model: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot read the model config {path}: {error}") from error
     config = {key: value for key, value in raw.items() if not key.startswith("_")}
-    config.pop("dtype", None)
+    for name in ("dtype", "auto_map"):  # a model's own code is not shipped
+        config.pop(name, None)
     config["torch_dtype"] = "bfloat16"
     return config
 

@@ -1,0 +1,67 @@
+"""How fast the hosts of a GPU's machines are: host times of stacks carried from one kind to another.
+
+No run of the H200 is open to its fit (`data/split.json`), so its host times come from the H100's
+machines. Every engine that was measured timed the same Python loop on its host
+(`metering.host_speed`); over machines of a kind the ratio of these times is that of the hosts. For
+one machine it foretells little (docs/residuals.md), so nothing is scaled by a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from calibration.metering.windows import read_jsonl
+from energymodel.calibrations import Calibration, StackCalibration
+
+FEWEST_MACHINES = 3
+"""Machines below which their mean says little about others of their kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosts:
+    """The hosts of the machines that were measured."""
+
+    machines: int
+    loop_step_seconds: float
+    """Time of a step of the loop: geometric mean over machines of each one's median [s]."""
+
+
+def read_hosts(files: Sequence[Path]) -> Hosts | None:
+    """Hosts of the engines in serving records; None where none timed the loop."""
+    by_board: dict[str, list[float]] = {}
+    for path in files:
+        for record in read_jsonl(path):
+            step = (record.get("host") or {}).get("python_step_seconds")
+            if step:
+                board = record["identity"]["gpus"][0]["uuid_sha256"]
+                by_board.setdefault(board, []).append(float(step))
+    if not by_board:
+        return None
+    medians = [np.median(steps) for steps in by_board.values()]
+    return Hosts(machines=len(medians), loop_step_seconds=float(np.exp(np.mean(np.log(medians)))))
+
+
+def ratio_of_hosts(own: Hosts | None, start: Calibration) -> float:
+    """How long these hosts take over those behind the start's host times [-]; 1 = not known."""
+    other = start.provenance.get("hosts")
+    if own is None or not other:
+        return 1.0
+    if min(own.machines, other["machines"]) < FEWEST_MACHINES:
+        return 1.0
+    return float(own.loop_step_seconds / other["loop_step_seconds"])
+
+
+def with_host_times(calibration: Calibration, ratio: float) -> Calibration:
+    """The calibration with every time of the stacks' hosts longer by a ratio."""
+    timed = [f.name for f in fields(StackCalibration) if f.name.endswith("_seconds")]
+    return replace(
+        calibration,
+        stacks={
+            name: replace(stack, **{t: getattr(stack, t) * ratio for t in timed})
+            for name, stack in calibration.stacks.items()
+        },
+    )
