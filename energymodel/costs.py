@@ -22,6 +22,7 @@ from energymodel.errors import CapacityError, ConfigurationError, unknown_name
 from energymodel.operators import (
     OperatorTable,
     kv_bytes_per_token,
+    moe_spec,
     operator_table,
     step_stats,
     weight_bytes,
@@ -29,7 +30,7 @@ from energymodel.operators import (
 )
 from energymodel.roofline import OperatorCosts, operator_costs
 from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
-from energymodel.units import GIB
+from energymodel.units import ACTIVATION_BYTES, GIB
 
 Array = NDArray[np.float64]
 
@@ -209,7 +210,17 @@ def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
 
 
 def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
-    return serving.max_step_tokens * model.hidden_size * 16.0
+    """What a step passes from kernel to kernel [B], rows of the experts among them.
+
+    Of a mixture a token has as many rows as experts: both halves of the up-projection, and the
+    output that is then summed (`fused_moe`, workspaces 13 and 2).
+    """
+    elements = 8.0 * model.hidden_size
+    if (moe := moe_spec(model)) is not None:
+        width = (2.0 if moe.gated else 1.0) * moe.expert_intermediate_size
+        row = width / serving.tensor_parallel + model.hidden_size
+        elements += moe.experts_per_token * row
+    return serving.max_step_tokens * elements * ACTIVATION_BYTES
 
 
 def _kv_room_bytes(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> float:

@@ -281,6 +281,7 @@ def _deepseek(c: ConfigReader, router_bias: bool) -> ModelSpec:
             expert_intermediate_size=width,
             shared_intermediate_size=c.count("n_shared_experts", least=0, default=0) * width,
             router_bias_elements=experts if router_bias else 0,
+            grouped_top_k=not router_bias,
         ),
     )
     dense = gated_mlp(c)

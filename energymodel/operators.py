@@ -65,6 +65,10 @@ _ROUTING_KERNELS = 4
 experts where a copy takes 1.0) and the copy of the experts' output; and what its product takes
 longer than others, which two thread blocks do alone (5 us). Kernels of steps on an H200
 (tests/test_step_kernels.py): within 7 % for 1 to 32 tokens, 11 % short for 128."""
+_GROUPED_ROUTING_KERNELS = 15
+"""The same where experts are chosen within groups, for which vLLM 0.22 has a kernel only with a
+bias (DeepSeek-V3): softmax, two top-k, their masks and copies by torch (DeepSeek-V2-Lite on an
+H200, tests/test_step_kernels.py)."""
 _EXPERT_QUANTISE_KERNELS, _EXPERT_QUANTISE_BYTES = 6, 15.0
 """Kernels, and bytes an element that pass as long as they take, where activations of 8-bit experts
 are made: for either product the largest element of all rows, its zero before it, and the division
@@ -383,7 +387,8 @@ def _feed_forward(
     if dtype not in WEIGHTS_ONLY:  # whose kernels do it themselves
         # top-k over the router's logits; the experts' output is copied
         passed = spec.num_experts * 8.0 + 2.0 * hidden * ACTIVATION_BYTES
-        yield _elementwise("routing", passed, count, _ROUTING_KERNELS)
+        kernels = _GROUPED_ROUTING_KERNELS if spec.grouped_top_k else _ROUTING_KERNELS
+        yield _elementwise("routing", passed, count, kernels)
     if dtype in EIGHT_BIT:
         elements = hidden + width * top_k
         made = _EXPERT_QUANTISE_KERNELS, _EXPERT_QUANTISE_BYTES

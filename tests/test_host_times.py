@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from shapes import calibration, gpu, tiny
 
+from energymodel.calibrations import Calibration
 from energymodel.costs import host_seconds
 from energymodel.models import load_model
+from energymodel.results import Prediction
 from energymodel.specs import Draft, ServingConfig
 from energymodel.workload import predict
 
@@ -58,27 +60,31 @@ def test_further_gpus_take_host_time() -> None:
     assert two[3] == pytest.approx(0.4 * one[3])
 
 
-def test_gpus_that_wait_for_each_other_spin_in_an_all_reduce() -> None:
-    """One draws the base while it waits for the host; two draw what small all-reduces draw."""
-    spinning = calibration()
-    kernels = dict(spinning.kernels)
+def test_links_of_a_group_stay_awake() -> None:
+    """What small all-reduces draw is drawn all the while, in kernels and in waiting."""
+    awake = calibration()
+    kernels = dict(awake.kernels)
     kernels["communication"] = replace(kernels["communication"], active_watts=30.0)
-    spinning = replace(spinning, kernels=kernels)
+    awake = replace(awake, kernels=kernels)
 
-    def host_wait(gpus: int, with_spin: bool) -> float:
-        found = predict(
-            "summarization",
-            gpu=gpu(),
-            model=tiny(),
-            calibration=spinning if with_spin else calibration(),
-            tensor_parallel=gpus,
+    def served(gpus: int, fitted: Calibration) -> Prediction:
+        return predict(
+            "summarization", gpu=gpu(), model=tiny(), calibration=fitted, tensor_parallel=gpus
         )
-        return found.by_component_joules["host_wait"]
 
+    alone, same = served(1, calibration()), served(1, awake)
+    assert same.by_component_joules == pytest.approx(alone.by_component_joules)
+    before, after = served(2, calibration()), served(2, awake)
+    assert after.wall_seconds == pytest.approx(before.wall_seconds)  # below the power limit
+    assert after.active_joules - before.active_joules == pytest.approx(
+        2 * 30.0 * before.busy_seconds
+    )
     base = calibration().base_watts
-    assert host_wait(1, with_spin=True) == pytest.approx(host_wait(1, with_spin=False))
-    ratio = host_wait(2, with_spin=True) / host_wait(2, with_spin=False)
-    assert ratio == pytest.approx((base + 30.0) / base)
+    for part in ("base", "host_wait"):
+        ratio = after.by_component_joules[part] / before.by_component_joules[part]
+        assert ratio == pytest.approx((base + 30.0) / base)
+    for part in ("flops", "onchip", "hbm", "link"):
+        assert after.by_component_joules[part] == pytest.approx(before.by_component_joules[part])
 
 
 def test_a_draft_model_s_kernels_are_launched_one_by_one() -> None:

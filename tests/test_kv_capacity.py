@@ -17,7 +17,8 @@ from energymodel.models import model_from_config
 from energymodel.specs import DEFAULT_DTYPE
 
 RUNS = sorted((Path(__file__).parents[1] / "calibration/data/serving").glob("*.jsonl.gz"))
-HYBRID = {"gpt-oss-20b"}  # layers with a window give blocks back, see docs/limits.md
+HYBRID = {"gpt-oss-20b", "gemma-2-9b", "gemma-3-27b-text"}
+"""Layers with a window give blocks back there, see docs/limits.md."""
 
 
 def engines() -> list[Any]:

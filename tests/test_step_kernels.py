@@ -22,6 +22,7 @@ from energymodel.errors import ConfigurationError
 from energymodel.gpus import load_gpu
 from energymodel.operators import operator_table, step_stats
 from energymodel.roofline import operator_costs
+from energymodel.specs import MoeSpec
 
 SERVED = sorted((DATA / "serving").glob("h200-card-[fg].jsonl.gz"))
 OTHER_FAMILIES = DATA / "serving" / "h200-card-i.jsonl.gz"
@@ -223,11 +224,34 @@ def test_decode_attention_of_heads_of_96_takes_what_its_kernel_took(
     assert predicted == pytest.approx(taken, rel=0.15)
 
 
-def predicted_layer(dtype: str, tokens: float, *names: str) -> float:
+def test_a_router_of_groups_takes_what_its_kernels_took() -> None:
+    batch = 1  # a quarter short at 32, where each of the kernels takes longer
+    kernels = next(
+        found["decode_step"]
+        for r in read_jsonl(OTHER_FAMILIES)
+        if r["kind"] == "kernels" and r["model"] == "deepseek-v2-lite"
+        if r["case"]["input_tokens"] == 128
+        for found in r["kernels"]
+        if found["batch"] == batch
+    )
+    layers = 26  # of 27 have experts
+    own = ("TopK", "reduce_kernel<128", "softmax", "_to_copy_2 ", "_to_copy_3 ", "memcpy32_post")
+    chosen = [k for k in kernels if any(w in k["name"] for w in own)]
+    # the router's product is the slower one of two whose layers all have experts
+    products = [k for k in kernels if k["calls"] == layers and "64x8_64x16_1x" in k["name"]]
+    taken = sum(k["seconds"] for k in [*chosen, *products]) / layers
+    gap = load_calibration("h200").kernel_gap_seconds
+    calls = sum(k["calls"] for k in [*chosen, *products]) / layers
+    predicted = predicted_layer("bf16", float(batch), "router", "routing", model="deepseek-v2-lite")
+    assert predicted == pytest.approx(taken + calls * gap, rel=0.12)
+
+
+def predicted_layer(dtype: str, tokens: float, *names: str, model: str = "qwen3-30b-a3b") -> float:
     """Seconds of a layer's operators, gaps included."""
-    deployed = deploy(gpu="h200", model="qwen3-30b-a3b", dtype=dtype)
+    deployed = deploy(gpu="h200", model=model, dtype=dtype)
     table = operator_table(deployed.model, deployed.serving)
     stats = step_stats(deployed.model, tokens=tokens, rows=1.0)
     costs = operator_costs(table, stats, deployed.gpu, deployed.calibration)
     seconds = (costs.memory_seconds + costs.compute_seconds)[0]
-    return sum(float(seconds[table.names.index(n)]) for n in names) / 48
+    layers = sum(g.count for g in deployed.model.layers if isinstance(g.feed_forward, MoeSpec))
+    return sum(float(seconds[table.names.index(n)]) for n in names) / layers

@@ -1,4 +1,4 @@
-"""How fast the hosts of a GPU's machines are: host times of stacks carried from one kind to another.
+"""How fast the hosts of a GPU's machines are, and host times carried from one kind to another.
 
 No run of the H200 is open to its fit (`data/split.json`), so its host times come from the H100's
 machines. Every engine that was measured timed the same Python loop on its host
