@@ -126,7 +126,7 @@ def test_steps_are_predicted_from_windows_of_their_kernels() -> None:
     ]
     # attention takes up to a fifth longer within a step than alone: docs/residuals.md
     assert float(np.median(np.abs(errors))) < 0.03
-    assert max(map(abs, errors)) < 0.08
+    assert max(map(abs, errors)) < 0.065
 
 
 def test_the_table_has_a_row_for_each_step_that_is_one() -> None:

@@ -39,13 +39,20 @@ _UNTESTED = 0.5
 
 def run_errors(pairs: Pairs) -> dict[str, ErrorSummary]:
     """Errors of joules and seconds of runs, at least one."""
-    predicted = [simulated([run], calibration) for run, calibration in pairs]
-    joules = np.array([p[0][0] for p in predicted])
-    seconds = np.array([p[1][0] for p in predicted])
+    joules, seconds, *_ = _predicted(pairs)
     return {
         "joules": summarize(joules, np.array([run.joules for run, _ in pairs])),
         "seconds": summarize(seconds, np.array([run.seconds for run, _ in pairs])),
     }
+
+
+def _predicted(pairs: Pairs) -> Array:
+    """What `simulated` gives, (4, n); runs of one calibration together, as they share tables."""
+    found = np.empty((4, len(pairs)))
+    for calibration in {id(c): c for _, c in pairs}.values():
+        mine = [i for i, (_, other) in enumerate(pairs) if other is calibration]
+        found[:, mine] = simulated([pairs[i][0] for i in mine], calibration)
+    return found
 
 
 def interval_of_split(
@@ -85,8 +92,7 @@ def _interval_by_waiting(held_out: Pairs, left_out: Pairs) -> IntervalCalibratio
     pairs = [*held_out, *left_out]
     if not held_out:
         return None
-    predicted = [simulated([run], calibration) for run, calibration in pairs]
-    joules, waiting = np.array([[p[0][0], p[3][0]] for p in predicted]).T
+    joules, _, _, waiting = _predicted(pairs)
     errors = _ratio_error(joules, np.array([run.joules for run, _ in pairs]))
     some = int((waiting >= _WAITING_SHARE).sum())
     if some < _FEWEST_RUNS or len(pairs) - some < _ENOUGH_RUNS:
@@ -107,8 +113,7 @@ def ratio_errors(pairs: Pairs) -> Array:
 
     E is the predicted energy. One that is 20 % too low needs 25 %: 1.25 E was measured.
     """
-    joules = np.array([simulated([run], calibration)[0][0] for run, calibration in pairs])
-    return _ratio_error(joules, np.array([run.joules for run, _ in pairs]))
+    return _ratio_error(_predicted(pairs)[0], np.array([run.joules for run, _ in pairs]))
 
 
 def _ratio_error(predicted: Array, measured: Array) -> Array:

@@ -21,7 +21,9 @@ Array = NDArray[np.float64]
 _TINY = 1e-30
 """Imaginary step of first derivatives."""
 _DIFFERENCE = 1e-4
-"""Step of second derivatives; they decide how fast Newton's method converges, not where."""
+"""Step of second derivatives."""
+_SAFE_UPDATE = 1e-8
+"""Share of its largest possible size that the denominator of an update must have."""
 _NEAR = 1e-9
 """Relative change of the sum of squares at which Newton's method takes over."""
 _CONVERGED = 1e-11
@@ -88,33 +90,63 @@ def robust_minimum(
         """Of the cost, in the first `count` parameters."""
         return np.array([cost(x + d).imag for d in directions[:count]]) / _TINY
 
-    x, converged = _newton(gradient, near.x, low, high)
-    covariance = np.linalg.pinv(near.jac.T @ near.jac)
+    squared = near.jac.T @ near.jac
+    x, converged = _newton(gradient, near.x, low, high, squared, learning=True)
+    if not converged:
+        x, converged = _newton(gradient, near.x, low, high, _curvature(gradient, near.x))
+    covariance = np.linalg.pinv(squared)
     return Minimum(x=x, std=np.sqrt(np.diag(covariance)), cost=float(cost(x)), converged=converged)
 
 
 def _newton(
-    gradient: Callable[[Array, int], Array], start: Array, low: Array, high: Array
+    gradient: Callable[[Array, int], Array],
+    start: Array,
+    low: Array,
+    high: Array,
+    hessian: Array,
+    *,
+    learning: bool = False,
 ) -> tuple[Array, bool]:
-    """Where the gradient vanishes near `start`, within bounds, and True; else `start`, False."""
+    """Where the gradient vanishes near `start`, within bounds, and True; else `start`, False.
+
+    The second derivatives decide how fast it converges, not where. `learning` : they are improved
+    by what the gradient does at each step (symmetric rank-one updates, Nocedal and Wright 2006,
+    6.2), so that the sum of squares' own will do to begin with.
+    """
     n = len(start)
-    before = gradient(start, n)
-    hessian = np.zeros((n, n))
-    for i in range(n):
-        beside = start.copy()
-        beside[i] += _DIFFERENCE
-        hessian[i, : i + 1] = (gradient(beside, i + 1) - before[: i + 1]) / _DIFFERENCE
-    hessian += np.tril(hessian, -1).T
-    x, free = start.copy(), np.ones(n, dtype=bool)
+    hessian, x, free = hessian.copy(), start.copy(), np.ones(n, dtype=bool)
+    slope = gradient(x, n)
     for _ in range(_MOST_STEPS):
-        step = np.linalg.solve(hessian[np.ix_(free, free)], gradient(x, n)[free])
-        x[free] -= step
+        step = np.zeros(n)
+        step[free] = np.linalg.solve(hessian[np.ix_(free, free)], slope[free])
+        length = np.abs(step).max(initial=0.0)
+        if not length <= _LONGEST_STEP:
+            break
+        before, slope_before = x, slope
+        x = x - step
         outside = (x < low) | (x > high)
         free &= ~outside
         x = np.clip(x, low, high)
-        length = np.abs(step).max(initial=0.0)
-        if length > _LONGEST_STEP:
-            break
         if length < _CONVERGED and not outside.any():
             return x, True
+        slope = gradient(x, n)
+        if learning:
+            moved = x - before
+            missing = slope - slope_before - hessian @ moved
+            along = float(missing @ moved)
+            if abs(along) > _SAFE_UPDATE * np.linalg.norm(missing) * np.linalg.norm(moved):
+                hessian += np.outer(missing, missing) / along
     return start, False
+
+
+def _curvature(gradient: Callable[[Array, int], Array], x: Array) -> Array:
+    """Second derivatives by differences of the gradient, (parameters, parameters)."""
+    n = len(x)
+    before = gradient(x, n)
+    hessian = np.zeros((n, n))
+    for i in range(n):
+        beside = x.copy()
+        beside[i] += _DIFFERENCE
+        hessian[i, : i + 1] = (gradient(beside, i + 1) - before[: i + 1]) / _DIFFERENCE
+    hessian += np.tril(hessian, -1).T
+    return hessian

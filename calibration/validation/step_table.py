@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from calibration.fitting.measured_runs import weights_dtype
 from calibration.metering.windows import read_jsonl
@@ -13,7 +15,7 @@ from calibration.validation.report import markdown_table
 from energymodel.deployment import Deployment, deploy
 from energymodel.gpus import load_gpu
 from energymodel.models import model_from_config
-from energymodel.operators import operator_table, step_stats
+from energymodel.operators import KEY_BLOCK, STATS, operator_table, step_stats
 from energymodel.roofline import operator_costs
 from energymodel.specs import DEFAULT_DTYPE
 
@@ -76,7 +78,10 @@ def steps_of(records: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
 
 
 def decode_step_seconds(deployment: Deployment, batch: int, context_tokens: float) -> float:
-    """The GPU's part of a decode step of equal sequences, at the highest clock [s]."""
+    """The GPU's part of a decode step of equal sequences, at the highest clock [s].
+
+    Their last blocks of keys are as full as they are, not half full as on average.
+    """
     model = deployment.model
     keys = float(batch) * context_tokens
     stats = step_stats(
@@ -88,6 +93,10 @@ def decode_step_seconds(deployment: Deployment, batch: int, context_tokens: floa
         decode_sequences=float(batch),
     )
     table = operator_table(model, deployment.serving)
+    flops, at = table.executed_flops.copy(), table.names.index("attention_decode")
+    empty = np.ceil(context_tokens / KEY_BLOCK) * KEY_BLOCK - context_tokens
+    flops[at, STATS.index("decode_sequences")] *= empty / (KEY_BLOCK / 2.0)
+    table = replace(table, executed_flops=flops)
     costs = operator_costs(table, stats, deployment.gpu, deployment.calibration)
     return float((costs.memory_seconds + costs.compute_seconds).sum())
 
