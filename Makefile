@@ -23,8 +23,9 @@ help:
 demo: .venv/.installed
 	$(BIN)/energymodel predict --trace azure_code --gpu a100
 
+# Each worker with one thread for its small matrices: threads of two workers wait for each other.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n auto
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
