@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration.kernels.attention_within import SHAPES, VARIANTS
 from calibration.metering.windows import read_jsonl
 from calibration.serving import cases
 from calibration.serving.engine import RunLog
@@ -129,6 +131,18 @@ def test_steps_are_predicted_from_windows_of_their_kernels() -> None:
     assert max(map(abs, errors)) < 0.065
 
 
+def test_steps_of_other_families_are_predicted_too() -> None:
+    """Four norms and a planning kernel a layer (Gemma), experts wider than the L2 (Mixtral)."""
+    errors = {
+        (s.model, s.batch, s.context_tokens): s.predicted_seconds / s.seconds - 1.0
+        for s in steps_of(read_jsonl(OTHER_FAMILIES))
+        if s.model.startswith(("gemma", "mixtral"))
+    }
+    assert len(errors) == 9
+    assert float(np.median(np.abs(list(errors.values())))) < 0.015
+    assert max(map(abs, errors.values())) < 0.04
+
+
 def test_the_table_has_a_row_for_each_step_that_is_one() -> None:
     table = step_table(SERVED).splitlines()
     assert table[0].startswith("| step | context | ms |")
@@ -244,6 +258,35 @@ def test_a_router_of_groups_takes_what_its_kernels_took() -> None:
     calls = sum(k["calls"] for k in [*chosen, *products]) / layers
     predicted = predicted_layer("bf16", float(batch), "router", "routing", model="deepseek-v2-lite")
     assert predicted == pytest.approx(taken + calls * gap, rel=0.12)
+
+
+def test_what_surrounds_decode_attention_in_a_step_explains_a_part() -> None:
+    """What docs/residuals.md says of it: the call alone, and with one thing changed."""
+    taken: dict[tuple[int, ...], dict[str, float]] = {}
+    for record in read_jsonl(DATA / "attention" / "h200-card-h.jsonl.gz"):
+        shape = tuple(record["shape"].values())
+        kernels = [k for k in record["kernels"] if "FlashAttnFwdSm90" in k["name"]]
+        taken.setdefault(shape, {})[record["variant"]] = sum(k["seconds"] for k in kernels)
+    assert len(taken) == 6
+    longest = max(taken, key=lambda shape: taken[shape]["window"])
+    for shape, seconds in taken.items():
+        alone = seconds["window"]
+        cold = seconds["products between"] - alone
+        same = [s for name, s in seconds.items() if "all" not in name and "products" not in name]
+        if shape == longest:
+            assert min(same) / alone > 0.89
+            assert max(same) == alone
+        else:
+            assert max(abs(s / alone - 1.0) for s in same) < 0.04
+            assert 0.8e-6 < cold < 3.1e-6
+
+
+def test_surroundings_of_the_records_are_those_that_are_measured() -> None:
+    records = read_jsonl(DATA / "attention" / "h200-card-h.jsonl.gz")
+    assert {tuple(r["shape"].items()) for r in records} == {
+        tuple(asdict(shape).items()) for shape in SHAPES
+    }
+    assert set(VARIANTS) <= {r["variant"] for r in records}
 
 
 def predicted_layer(dtype: str, tokens: float, *names: str, model: str = "qwen3-30b-a3b") -> float:
