@@ -246,6 +246,10 @@ def _dask_client(scheduler: str | None, jobs: int) -> Iterator[Any]:
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether a worker process was lost: by loky's, Dask's or the pipe's word."""
+    """Whether a worker process was lost: by loky's, Dask's or the pipe's word.
+
+    Dask cancels the tasks that need data which was scattered to a worker that died.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker"})
+    lost = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "FutureCancelledError"}
+    return bool(names & lost)

@@ -348,6 +348,25 @@ def test_a_killed_dask_worker_loses_nothing(
     assert points == [evaluate(setting, small, "exact") for setting in SETTINGS]
 
 
+def test_tasks_whose_data_a_dead_dask_worker_held_are_done_again(
+    small: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = pytest.importorskip("distributed.client", reason="needs energymodel[dask]")
+    evaluated, original, lost = [], sweep_run._evaluate_chunk, [True]
+
+    def evaluate_chunk(task: object, workload: Workload) -> object:
+        if lost.pop() if lost else False:
+            raise client.FutureCancelledError(key="batch", reason="unknown")
+        evaluated.append(task)
+        return original(task, workload)
+
+    monkeypatch.setattr(sweep_run, "_evaluate_chunk", evaluate_chunk)
+    points = run_sweep(SETTINGS, small, mode="exact", backend="sequential")
+    assert not lost
+    assert evaluated
+    assert points == [evaluate(setting, small, "exact") for setting in SETTINGS]
+
+
 def test_an_unreachable_scheduler_is_named(
     small: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
