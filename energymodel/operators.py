@@ -224,7 +224,9 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         kv_elements = kv_heads * (spec.head_dim + spec.value_head_dim)
         decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
         rows = float(decode_query_rows(heads / kv_heads * serving.decode_queries))
-        width = float(decode_head_width((spec.head_dim + spec.value_head_dim) / 2.0))
+        width = (spec.head_dim + spec.value_head_dim) / 2.0
+        if serving.stack.startswith("vllm"):  # whose kernel it is
+            width = float(decode_head_width(width))
         executed = 4.0 * kv_heads * rows * width
         last_block = executed * KEY_BLOCK / 2.0  # half of it is empty on average
     query = heads * spec.head_dim

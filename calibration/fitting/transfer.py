@@ -111,13 +111,12 @@ def start_from(name_or_path: str, gpu: str) -> Calibration:
     except EnergyModelError:
         return found
     # named after the GPU that was measured, with its intervals and the hosts behind its host times
-    hosts = {name: found.provenance[name] for name in ("hosts",) if name in found.provenance}
     return replace(
         moved,
         gpu=found.gpu,
         origin=found.origin,
         intervals=found.intervals,
-        provenance={**moved.provenance, **hosts},
+        provenance={**moved.provenance, "hosts": found.provenance.get("hosts")},
     )
 
 
