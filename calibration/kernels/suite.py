@@ -383,19 +383,24 @@ def _elementwise(kind: str, tokens: int, per_token: float, priority: int, **shap
     )
 
 
+_OTHER_WIDTHS = ((2048, 8192), (5120, 25600))
+"""Hidden size and MLP width of Llama-3.2-1B and Qwen3-32B, beside those of Llama-3.1-8B."""
+
+
 def _elementwises() -> Iterator[Case]:
     hidden, mlp, vocab, query, kv, width = 4096, 14336, 128256, 32, 8, 128
     for tokens in (8, 64, 1024, 8192):
+        for other, wide in _OTHER_WIDTHS:
+            for case in _by_rows(tokens, other, wide, 1):
+                name, family = f"{case.name}.h{other}", f"{case.family}.h{other}"
+                yield replace(case, name=name, family=family)
         level = 0 if tokens == 1024 else 1
         late = level + 1
-        yield _elementwise("rms_norm", tokens, 2 * hidden * _BF16, level, hidden=hidden)
-        yield _elementwise("add_rms_norm", tokens, 4 * hidden * _BF16, level, hidden=hidden)
-        yield _elementwise("silu_and_mul", tokens, 3 * mlp * _BF16, level, width=mlp)
+        yield from _by_rows(tokens, hidden, mlp, level)
         rotary = 2 * (query + kv) * width * _BF16
         heads = {"heads": query, "kv_heads": kv, "head_dim": width}
         yield _elementwise("rotary", tokens, rotary, late, **heads)
         yield _elementwise("kv_write", tokens, 4 * kv * width * _BF16, late, **heads)
-        yield _elementwise("residual_add", tokens, 3 * hidden * _BF16, late, hidden=hidden)
         yield _elementwise(
             "embedding", tokens, 2 * hidden * _BF16, late, hidden=hidden, vocab=vocab
         )
@@ -411,6 +416,15 @@ def _elementwises() -> Iterator[Case]:
                 activation_bytes=per_logit * rows * vocab,
                 priority=1 if kind == "greedy" else 2,
             )
+
+
+def _by_rows(tokens: int, hidden: int, mlp: int, priority: int) -> Iterator[Case]:
+    """Norms, the activation and the residual's addition, which take a model's widths alone."""
+    yield _elementwise("rms_norm", tokens, 2 * hidden * _BF16, priority, hidden=hidden)
+    yield _elementwise("add_rms_norm", tokens, 4 * hidden * _BF16, priority, hidden=hidden)
+    yield _elementwise("silu_and_mul", tokens, 3 * mlp * _BF16, priority, width=mlp)
+    late = priority + 1
+    yield _elementwise("residual_add", tokens, 3 * hidden * _BF16, late, hidden=hidden)
 
 
 def _states() -> Iterator[Case]:
