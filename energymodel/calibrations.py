@@ -28,8 +28,8 @@ class KernelCalibration:
     """How kernels of one operator class use the GPU.
 
     A call takes `call_seconds + hbm_latency_seconds + splits x split_seconds + block bytes x
-    block_seconds_per_byte + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)`,
-    p = `sharpness`, with
+    block_seconds_per_byte + reductions x reduction_seconds + tiles x tile_seconds / SMs +
+    (t_compute**p + t_memory**p)**(1/p)`, p = `sharpness`, with
     t_compute = executed FLOPs / (peak x compute_efficiency x wave fill**wave_exponent) and
     t_memory = bytes / (bandwidth x memory_efficiency). Prefill attention has p = 1: the tables of
     the simulator add up its statistics.
@@ -46,7 +46,8 @@ class KernelCalibration:
     wave_exponent: float = 0.0
     """How much a partly filled last wave of tiles costs [-], 0 = nothing, 1 = a full wave."""
     tile_seconds: float = 0.0
-    """Time an SM spends on a tile before and after its arithmetic [s]."""
+    """Time an SM spends on a tile before and after its arithmetic [s]; of `elementwise` on an
+    element that a kernel passes slowly (`unfused.py`)."""
     split_seconds: float = 0.0
     """Time of the second kernel that adds up parts, where too few tiles fill the GPU and the sums
     were split over more thread blocks [s], see `roofline.splits`."""
@@ -56,6 +57,8 @@ class KernelCalibration:
     block_joules_per_byte: float = 0.0
     """Energy of a byte that such kernels move beyond that of other kernels [J/B]: they load and
     store element by element."""
+    reduction_seconds: float = 0.0
+    """Time of a sum over such a row, for which the block's threads wait for each other [s]."""
     hbm_latency_seconds: float = 0.0
     """What a call whose data lie in device memory takes beyond one that finds them in the L2 [s],
     until the first bytes are there."""

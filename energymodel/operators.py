@@ -29,6 +29,14 @@ from energymodel.specs import (
     MoeSpec,
     ServingConfig,
 )
+from energymodel.tiles import (
+    KEY_BLOCK,
+    SOFTMAX_WIDTH,
+    TILE,
+    decode_head_width,
+    decode_query_rows,
+)
+from energymodel.unfused import UNFUSED
 from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT
 
 Array = NDArray[np.float64]
@@ -49,11 +57,6 @@ STATS = (
 """Sufficient statistics of a step, in the order of the coefficient columns."""
 
 _STAT = {name: i for i, name in enumerate(STATS)}
-SOFTMAX_WIDTH = 64.0
-"""Head width whose products take as long as the exponential of a query-key pair: an SM does 16 a
-clock (CUDA C++ Programming Guide, arithmetic throughput) and 4,096 dense 16-bit FLOPs (H100
-whitepaper), so one is worth 256 FLOPs, the products over 64 elements. FlashAttention hides part
-of it, which the fitted efficiency takes up."""
 NORM_PASSES = {"rms_norm": 3.0, "add_rms_norm": 5.0}
 """How often a norm's thread block reads or writes the elements of its row: once more than it moves,
 for the sum of squares (vLLM 0.22, `layernorm_kernels.cu`)."""
@@ -73,45 +76,8 @@ _EXPERT_QUANTISE_KERNELS, _EXPERT_QUANTISE_BYTES = 6, 15.0
 """Kernels, and bytes an element that pass as long as they take, where activations of 8-bit experts
 are made: for either product the largest element of all rows, its zero before it, and the division
 (vLLM 0.22, `scaled_fp8_quant`; 123 and 491 us for 4,096 and 16,384 tokens of Qwen3-30B, H200)."""
-TILE = 128
-"""Rows and columns of an output tile of a GEMM, and query rows of one of attention."""
 _PART_BYTES = 4.0
 """Of an output of decode attention while parts of a sequence are added up: 32 bits [B]."""
-_HEAD_WIDTHS = (64.0, 96.0, 128.0, 192.0, 256.0)
-"""Widths of a head that FlashAttention 3 has kernels for."""
-_SLOW_WIDTH, _SLOWER = 96.0, 3.0
-"""Width whose kernel decodes slower, and by what factor: 32 sequences of two blocks take 81 us in
-the steps of Phi-3-mini (H200, tests/test_step_kernels.py); 44 by the width alone, 70 with it."""
-KEY_BLOCK = 128
-"""Keys that decode attention takes at a time, the last ones of a sequence padded to as many
-(FlashAttention 3 over a paged cache, `tile_size_fwd_sm90`)."""
-
-
-def decode_query_rows(queries: Array | float) -> Array:
-    """Query rows that decode attention multiplies with each key of a KV head [-].
-
-    The query heads of a KV head, and the queries of a sequence, lie in tiles of TILE rows and
-    seldom fill one (FlashAttention 3, `tile_size_fwd_sm90`). Heads of 64 lie in tiles of 192
-    there; windows and public tables of them come out nearer with TILE.
-    """
-    result: Array = np.ceil(np.asarray(queries) / TILE) * TILE
-    return result
-
-
-def decode_head_width(width: Array | float) -> Array:
-    """Width of a head whose time decode attention takes for heads of `width` [-].
-
-    FlashAttention 3 has kernels for some widths. That for 96, which heads of 80 take too, has tiles
-    of 192 rows and copies a paged cache in pieces of 64 bytes in place of 128.
-    """
-    given = np.asarray(width, dtype=float)
-    kernels = np.searchsorted(_HEAD_WIDTHS, given)
-    padded = np.append(_HEAD_WIDTHS, np.inf)[kernels]
-    padded = np.where(np.isinf(padded), given, padded)  # wider heads: another library's
-    result: Array = np.where(padded == _SLOW_WIDTH, _SLOWER * padded, padded)
-    return result
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorTable:
     """Coefficients of every operator on `STATS`, for one GPU of the group.
@@ -120,7 +86,8 @@ class OperatorTable:
     shape (operators, statistics); the rest (operators,). `flops` counts useful work,
     `executed_flops` what the kernel takes the time of (tile padding of the experts included).
     `tiles` counts the thread blocks' pieces of work: TILE x TILE outputs of a GEMM, TILE query rows
-    of a head in prefill attention, a sequence of a KV head in decode attention.
+    of a head in prefill attention, a sequence of a KV head in decode attention, an element that a
+    kernel of PyTorch passes slowly (`unfused.py`).
     """
 
     names: tuple[str, ...]
@@ -140,6 +107,8 @@ class OperatorTable:
     block_bytes: Array
     """What a thread block reads and writes for a row that it passes alone [B]; 0 where kernels
     spread a row over blocks."""
+    reductions: Array
+    """Sums over a row of one call, for which a thread block's threads wait for each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +126,7 @@ class _Operator:
     link_bytes: dict[str, float] | None = None
     tiles: dict[str, float] | None = None
     block_bytes: float = 0.0
+    reductions: float = 0.0
 
 
 EIGHT_BIT = ("fp8", "int8")
@@ -322,6 +292,7 @@ def _elementwise(
     kernels: int,
     per: str = "tokens",
     block_bytes: float = 0.0,
+    reductions: float = 0.0,
 ) -> _Operator:
     return _Operator(
         name=name,
@@ -330,6 +301,7 @@ def _elementwise(
         calls=count * kernels,
         activation_bytes={per: bytes_each * count},
         block_bytes=block_bytes,
+        reductions=reductions,
     )
 
 
@@ -409,7 +381,9 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         # fused add and norm: reads input and residual, writes both
         passed = 4.0 * hidden * ACTIVATION_BYTES
         row = NORM_PASSES["add_rms_norm"] * hidden * ACTIVATION_BYTES
-        yield _elementwise("norm", norms * passed, count, kernels=norms, block_bytes=row)
+        yield _elementwise(
+            "norm", norms * passed, count, kernels=norms, block_bytes=row, reductions=1.0
+        )
         if tp > 1:
             yield _all_reduce(hidden, tp, count)
     yield _elementwise("embedding", 2.0 * hidden * ACTIVATION_BYTES, 1.0, kernels=1)
@@ -450,32 +424,29 @@ def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:
     )
 
 
-_UNFUSED = {"norm": (42.0 / 8.0, 9.0), "rotary_and_kv_write": (18.0 / 4.0, 7.0)}
-_UNFUSED |= {"activation": (10.0 / 6.0, 2.0), "qk_norm": (36.0 / 4.0, 8.0)}
-"""Bytes and kernels of what Transformers runs op by op, over those of the fused kernel.
-
-Counted in `modeling_llama.py` of Transformers 5, per element: a norm converts to 32 bit, squares,
-averages, scales, converts back and weighs (36 B and 8 kernels), a residual is added (6 B); rotary
-multiplies, rotates, concatenates and adds (18 B); SiLU and the product pass 10 B.
-"""
-
-
-def _unfused(op: _Operator) -> _Operator:
+def _unfused(op: _Operator, model: ModelSpec) -> _Operator:
     """Operator as eager Transformers runs it."""
-    if op.name not in _UNFUSED or op.activation_bytes is None:
+    is_layer_norm = op.name == "norm" and model.layer_norm
+    parts = UNFUSED.get("layer_norm" if is_layer_norm else op.name)
+    if parts is None or op.activation_bytes is None:
         return op
-    traffic, kernels = _UNFUSED[op.name]
-    passed = {stat: traffic * value for stat, value in op.activation_bytes.items()}
-    return replace(op, activation_bytes=passed, calls=kernels * op.calls, block_bytes=0.0)
+    slow = parts.slow_passes_per_byte
+    return replace(
+        op,
+        activation_bytes={k: parts.bytes_over_fused * v for k, v in op.activation_bytes.items()},
+        tiles={k: slow * v for k, v in op.activation_bytes.items()},
+        calls=parts.kernels * op.calls,
+        block_bytes=0.0,
+        reductions=0.0,
+    )
 
 
 def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
     """Coefficients of every operator of a step; operators of equal name and shape are merged."""
     merged: dict[tuple[str, str, float], list[_Operator]] = {}
-    operators = _operators(model, serving)
-    if serving.stack == "transformers":
-        operators = map(_unfused, operators)
-    for op in operators:
+    for op in _operators(model, serving):
+        if serving.stack == "transformers":
+            op = _unfused(op, model)
         merged.setdefault((op.name, op.compute_dtype, op.gemm_n), []).append(op)
     groups = list(merged.values())
 
@@ -501,6 +472,7 @@ def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
         link_bytes=coefficients("link_bytes"),
         tiles=coefficients("tiles"),
         block_bytes=np.array([g[0].block_bytes for g in groups]),
+        reductions=np.array([g[0].reductions for g in groups]),
     )
 
 

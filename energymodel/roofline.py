@@ -3,13 +3,14 @@
 Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
     t = call_seconds + hbm_latency_seconds + splits x split_seconds
-        + block bytes x block_seconds_per_byte + tiles x tile_seconds / SMs
-        + (t_compute**p + t_memory**p)**(1/p)
+        + block bytes x block_seconds_per_byte + reductions x reduction_seconds
+        + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)
 
 The second term counts where bytes come from device memory. The third is a second kernel that adds
 up the parts of sums that were split (`splits`), the fourth a row that one thread block passes alone
-(its bytes leave no faster than one SM takes them, however few rows there are), the fifth what an SM
-spends on each tile before and after its arithmetic; t_memory holds the bytes from device memory,
+(its bytes leave no faster than one SM takes them, however few rows there are), the fifth the sums
+over a row, for which its threads wait for each other, the sixth what an SM spends on each tile
+before and after its arithmetic; t_memory holds the bytes from device memory,
 from the L2 and over links.
 
 Energy of a step whose GPU time is t:
@@ -39,8 +40,9 @@ from numpy.typing import NDArray
 
 from energymodel.calibrations import Calibration, KernelCalibration
 from energymodel.errors import ConfigurationError, unknown_name
-from energymodel.operators import EIGHT_BIT, STATS, TILE, OperatorTable
+from energymodel.operators import EIGHT_BIT, STATS, OperatorTable
 from energymodel.specs import GpuSpec
+from energymodel.tiles import TILE
 
 Array = NDArray[np.float64]
 
@@ -169,6 +171,7 @@ def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str,
             sm_count=gpu.sm_count,
         ),
         "block_bytes": table.block_bytes,
+        "reductions": table.reductions,
         "calls": table.calls,
         "gemm_rows": gemm_rows,
         "gemm_columns": table.gemm_n,
@@ -188,6 +191,7 @@ def kernel_costs(
     tiles: Array,
     splits: Array,
     block_bytes: Array,
+    reductions: Array,
     calls: Array,
     gemm_rows: Array,
     gemm_columns: Array,
@@ -207,6 +211,7 @@ def kernel_costs(
     flops : useful ones, which take energy; executed_flops : those that take time
     hbm_bytes, activation_bytes, link_bytes, tiles, splits : like the FLOPs, of all `calls` together
     block_bytes : of a row that one thread block passes alone, of one call
+    reductions : sums over such a row, of one call
     gemm_rows, gemm_columns : shape of a GEMM's output; columns 0 for other kernels
     flops_per_s, bytes_per_s : the datasheet's peaks for the kernel's dtype and memory (or link)
     eight_bit : whether the kernel multiplies 8-bit numbers
@@ -238,6 +243,7 @@ def kernel_costs(
     compute_share = from_compute / (from_compute + from_memory + 1e-300)
     latency = parameter("hbm_latency_seconds") * (hbm_bytes > 0)
     latency = latency + block_bytes * parameter("block_seconds_per_byte")
+    latency = latency + reductions * parameter("reduction_seconds")
     fixed = calls * (parameter("call_seconds") + gap_seconds + latency)
     fixed = fixed + splits * parameter("split_seconds")
     fixed = np.where(busy, fixed, 0.0)

@@ -62,6 +62,7 @@ def gemms(clock: float = 1.0) -> KernelRows:
         link_bytes=zeros,
         tiles=m * n / 128**2,
         block_bytes=zeros,
+        reductions=zeros,
         calls=ones,
         gemm_rows=m,
         gemm_columns=n,

@@ -19,13 +19,12 @@ from energymodel.models import load_model
 from energymodel.operators import (
     QUANTISE_BYTES,
     STATS,
-    decode_head_width,
-    decode_query_rows,
     moe_spec,
     operator_table,
     step_stats,
 )
 from energymodel.specs import MoeSpec, ServingConfig
+from energymodel.tiles import decode_head_width, decode_query_rows
 from tests.shapes import llama_8b, tiny
 
 WINDOWS = sorted((Path(__file__).parents[1] / "calibration/data/kernels").glob("h200-*"))

@@ -24,7 +24,7 @@ from calibration.validation.rows import DATA
 from energymodel.calibrations import Calibration, load_calibration
 from energymodel.errors import EnergyModelError
 from energymodel.gpus import load_gpu
-from energymodel.operators import SOFTMAX_WIDTH, TILE
+from energymodel.tiles import SOFTMAX_WIDTH, TILE
 
 TABLES = Path(__file__).parents[2] / "shared/data/validation/aiconfigurator"
 needs_tables = pytest.mark.skipif(

@@ -34,6 +34,7 @@ def costs_of(kernel: object, eight_bit: bool = False, **work: float) -> Operator
         "tiles": 0.0,
         "splits": 0.0,
         "block_bytes": 0.0,
+        "reductions": 0.0,
         "calls": 1.0,
         "gemm_rows": 0.0,
         "gemm_columns": 0.0,

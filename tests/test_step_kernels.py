@@ -298,3 +298,28 @@ def predicted_layer(dtype: str, tokens: float, *names: str, model: str = "qwen3-
     seconds = (costs.memory_seconds + costs.compute_seconds)[0]
     layers = sum(g.count for g in deployed.model.layers if isinstance(g.feed_forward, MoeSpec))
     return sum(float(seconds[table.names.index(n)]) for n in names) / layers
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-4b", "olmo-1b"])
+def test_prompts_of_transformers_take_what_their_kernels_took(model: str) -> None:
+    """Norms, rotation and activation op by op; layer norms in the last of the models."""
+    names = ("norm", "qk_norm", "rotary_and_kv_write", "activation", "embedding")
+    others = ("nvjet", "cudnn", "gemm", "ArgMax", "Mem")
+    deployed = deploy(gpu="h200", model=model, stack="transformers")
+    table = operator_table(deployed.model, deployed.serving)
+    mine = [i for i, name in enumerate(table.names) if name in names]
+    prompts = [
+        (float(found["batch"] * r["case"]["input_tokens"]), found["first_step"])
+        for r in read_jsonl(DATA / "serving" / "h200-card-k.jsonl.gz")
+        if r["kind"] == "kernels" and r["model"] == model
+        for found in r["kernels"]
+    ]
+    assert [tokens for tokens, _ in prompts] == [4096.0, 2048.0, 8192.0]
+    for tokens, kernels in prompts:
+        stats = step_stats(deployed.model, tokens=tokens, rows=1.0)
+        costs = operator_costs(table, stats, deployed.gpu, deployed.calibration)
+        predicted = float((costs.memory_seconds + costs.compute_seconds)[0, mine].sum())
+        each = [k for k in kernels if not any(word in k["name"] for word in others)]
+        gaps = sum(k["calls"] for k in each) * deployed.calibration.kernel_gap_seconds
+        taken = sum(k["seconds"] for k in each) + gaps
+        assert predicted == pytest.approx(taken, rel=0.14)

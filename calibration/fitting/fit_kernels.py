@@ -56,6 +56,8 @@ class KernelRows:
     """Pieces of work of the thread blocks, as `operators.OperatorTable.tiles`."""
     block_bytes: Array
     """Bytes of a row that one thread block passes alone, as in `operators.OperatorTable`."""
+    reductions: Array
+    """Sums over such a row, likewise."""
     calls: Array
     gemm_rows: Array
     gemm_columns: Array
@@ -140,6 +142,7 @@ def row_costs(
             sm_count=gpu.sm_count,
         ),
         block_bytes=rows.block_bytes,
+        reductions=rows.reductions,
         calls=rows.calls,
         gemm_rows=rows.gemm_rows,
         gemm_columns=rows.gemm_columns,

@@ -4,6 +4,9 @@ No run of the H200 is open to its fit (`data/split.json`), so its host times com
 machines. Every engine that was measured timed the same Python loop on its host
 (`metering.host_speed`); over machines of a kind the ratio of these times is that of the hosts. For
 one machine it foretells little (docs/residuals.md), so nothing is scaled by a single one.
+
+A host has two speeds: a step of the loop takes 58 to 80 ns or 110 to 150, on one machine within
+minutes. What a run takes on average follows the mean of them, not the one that is met more often.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class Hosts:
 
     machines: int
     loop_step_seconds: float
-    """Time of a step of the loop: geometric mean over machines of each one's median [s]."""
+    """Time of a step of the loop: geometric mean over machines of each one's mean [s]."""
 
 
 def read_hosts(files: Sequence[Path]) -> Hosts | None:
@@ -41,8 +44,8 @@ def read_hosts(files: Sequence[Path]) -> Hosts | None:
                 by_board.setdefault(board, []).append(float(step))
     if not by_board:
         return None
-    medians = [np.median(steps) for steps in by_board.values()]
-    return Hosts(machines=len(medians), loop_step_seconds=float(np.exp(np.mean(np.log(medians)))))
+    means = [np.mean(steps) for steps in by_board.values()]
+    return Hosts(machines=len(means), loop_step_seconds=float(np.exp(np.mean(np.log(means)))))
 
 
 def ratio_of_hosts(own: Hosts | None, start: Calibration) -> float:

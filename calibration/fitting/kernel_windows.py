@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
-from energymodel.operators import (
+from energymodel.operators import NORM_PASSES, compute_dtype
+from energymodel.specs import GpuSpec
+from energymodel.tiles import (
     KEY_BLOCK,
-    NORM_PASSES,
     SOFTMAX_WIDTH,
     TILE,
-    compute_dtype,
     decode_head_width,
     decode_query_rows,
 )
-from energymodel.specs import GpuSpec
 
 Array = NDArray[np.float64]
 
@@ -108,6 +107,7 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         link_bytes=np.array([w["link_bytes"] for w in used]),
         tiles=column("tiles"),
         block_bytes=column("block_bytes"),
+        reductions=column("reductions"),
         calls=np.ones(len(used)),
         gemm_rows=column("gemm_rows"),
         gemm_columns=column("gemm_columns"),
@@ -193,7 +193,8 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
             "executed_flops": 6.0 * rows * width * hidden,
             "tiles": rows * (2.0 * width + hidden) / TILE**2,
         }
-    return {"block_bytes": _block_elements(window) * 2.0}
+    is_norm = window["launcher"] in NORM_PASSES
+    return {"block_bytes": _block_elements(window) * 2.0, "reductions": float(is_norm)}
 
 
 def _block_elements(window: Mapping[str, Any]) -> float:

@@ -47,14 +47,14 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from energymodel.errors import EnergyModelError
 from energymodel.experts import expert_activation_bytes, moe_tile_rows
-from energymodel.operators import (
+from energymodel.specs import GpuSpec
+from energymodel.tiles import (
     KEY_BLOCK,
     SOFTMAX_WIDTH,
     TILE,
     decode_head_width,
     decode_query_rows,
 )
-from energymodel.specs import GpuSpec
 
 if TYPE_CHECKING:
     import polars as pl
@@ -320,6 +320,7 @@ def _rows(
         dtype=(dtype,) * count,
         board=("",) * count,
         block_bytes=zeros,
+        reductions=zeros,
         calls=np.ones(count),
         gemm_rows=work.get("gemm_rows", zeros),
         gemm_columns=work.get("gemm_columns", zeros),

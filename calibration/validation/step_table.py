@@ -15,9 +15,10 @@ from calibration.validation.report import markdown_table
 from energymodel.deployment import Deployment, deploy
 from energymodel.gpus import load_gpu
 from energymodel.models import model_from_config
-from energymodel.operators import KEY_BLOCK, STATS, operator_table, step_stats
+from energymodel.operators import STATS, operator_table, step_stats
 from energymodel.roofline import operator_costs
 from energymodel.specs import DEFAULT_DTYPE
+from energymodel.tiles import KEY_BLOCK
 
 _STACK = "vllm"
 """The other stacks launch kernel by kernel: their steps take what the host does."""
