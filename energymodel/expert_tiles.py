@@ -13,7 +13,7 @@ from energymodel.specs import GpuSpec, LayerGroup, ModelSpec, MoeSpec, ServingCo
 
 
 def with_tuned_tiles(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> ModelSpec:
-    """The model, its experts with the rows of a tile that vLLM was tuned to take on this GPU.
+    """The model, its experts with the tiles that vLLM was tuned to take on this GPU.
 
     As it is where vLLM has no tuned launch for the shape of the experts: its rule counts then
     (`experts.moe_tile_rows`).
@@ -32,16 +32,19 @@ def with_tuned_tiles(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> 
         if not isinstance(moe, MoeSpec):
             return group
         width = moe.expert_intermediate_size // serving.tensor_parallel
-        rows = _tile_rows(gpu.name, f"{moe.num_experts}x{width}", dtype)
-        return replace(group, feed_forward=replace(moe, tile_rows=rows))
+        tiles = _tiles(gpu.name, f"{moe.num_experts}x{width}", dtype)
+        return replace(group, feed_forward=replace(moe, tiles=tiles))
 
     return replace(model, layers=tuple(tuned(group) for group in model.layers))
 
 
-def _tile_rows(gpu: str, shape: str, dtype: str) -> tuple[tuple[float, int], ...]:
+def _tiles(gpu: str, shape: str, dtype: str) -> tuple[tuple[float, int, int], ...]:
     try:
         entries = _tables().get(gpu, {}).get(shape, {}).get(dtype, [])
-        return tuple((float("inf") if last is None else last, int(rows)) for last, rows in entries)
+        return tuple(
+            (float("inf") if last is None else last, int(rows), int(columns))
+            for last, rows, columns in entries
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise ProfileError(f"expert_tiles.json, {gpu}, {shape}, {dtype}: {error}") from error
 

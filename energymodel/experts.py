@@ -28,14 +28,38 @@ def distinct_experts(tokens: Array, num_experts: int, experts_per_token: int) ->
 _TILE_ROWS = ((32, 16), (96, 32), (512, 64), (np.inf, 128))
 
 
-def moe_tile_rows(tokens: Array, tuned: Sequence[tuple[float, int]] = ()) -> Array:
+Tiles = Sequence[tuple[float, int, int]]
+"""Launches tuned for a GPU, as `MoeSpec.tiles`."""
+_WIDE_COLUMNS, _WIDE_SPEEDUP = 256, 1.08
+"""Columns of a tile from which on products run faster than with 64 or 128, and by what factor:
+windows of tuned launches beside those by the rule (two H200s; held out by model, the median error
+of experts' seconds falls from 4.3 to 3.6 %)."""
+
+
+def wide_tile_saving(tokens: Array, tuned: Tiles = ()) -> Array:
+    """Share of the experts' time of computing that wide tiles save, by tokens of the step [-].
+
+    Only tuned launches have them; the engine's rule takes 64 columns, or 128.
+    """
+    if not tuned:
+        return np.zeros_like(tokens)
+    last, _, columns = np.array(tuned, dtype=float).T
+    return saving_of_columns(columns[np.searchsorted(last, tokens)])
+
+
+def saving_of_columns(columns: Array) -> Array:
+    """Share of the time of computing that tiles of so many columns save [-]."""
+    result: Array = np.where(columns >= _WIDE_COLUMNS, 1.0 - 1.0 / _WIDE_SPEEDUP, 0.0)
+    return result
+
+
+def moe_tile_rows(tokens: Array, tuned: Tiles = ()) -> Array:
     """Rows of a tile of the fused expert kernel by tokens of the step.
 
     vLLM 0.22, `fused_moe.get_default_config` for 16-bit and per-tensor fp8 weights: 16 up to 32
-    tokens, 32 up to 96, 64 up to 512, then 128; or those of a launch `tuned` for the GPU
-    (`MoeSpec.tile_rows`).
+    tokens, 32 up to 96, 64 up to 512, then 128; or those of launches `tuned` for the GPU.
     """
-    last, rows = np.array(tuned or _TILE_ROWS, dtype=float).T
+    last, rows = np.array(tuned or _TILE_ROWS, dtype=float).T[:2]
     result: Array = rows[np.searchsorted(last, tokens)]
     return result
 
@@ -57,7 +81,7 @@ def expert_rows(
     experts_per_token: int,
     *,
     packed: bool = False,
-    tuned: Sequence[tuple[float, int]] = (),
+    tuned: Tiles = (),
 ) -> Array:
     """Expected rows of the fused expert kernel, each expert's rows padded to whole tiles.
 

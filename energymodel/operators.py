@@ -18,7 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from energymodel.experts import distinct_experts, expert_activation_bytes, expert_rows
+from energymodel.experts import (
+    distinct_experts,
+    expert_activation_bytes,
+    expert_rows,
+    wide_tile_saving,
+)
 from energymodel.sampling import BEYOND_GREEDY, GREEDY_BYTES_PER_LOGIT
 from energymodel.specs import (
     STATIC_STACKS,
@@ -51,15 +56,20 @@ STATS = (
     "prefill_window_pairs",  # the same under the sliding window
     "distinct_experts",  # experts of a layer that at least one token chose
     "expert_rows",  # rows the fused expert kernel computes, tile padding included
+    "expert_rows_saved",  # rows whose time wider tiles save
     "decode_sequences",  # sequences in decode attention
     "prefill_rows",  # query rows of the prefill chunks, attention tiles filled
 )
 """Sufficient statistics of a step, in the order of the coefficient columns."""
 
 _STAT = {name: i for i, name in enumerate(STATS)}
-NORM_PASSES = {"rms_norm": 3.0, "add_rms_norm": 5.0}
+_VECTOR_LOADS = 1.0 / 3.0
+"""Time of a byte of a norm over that of an activation [-]: its thread blocks load 16 bytes at once
+(vLLM 0.22, `layernorm_kernels.cu`). Windows of 8 rows: 95 GB/s a block, where the activation's pass
+at 29 to 39 (H200, hidden sizes of 2,048 to 5,120)."""
+NORM_PASSES = {"rms_norm": 3.0 * _VECTOR_LOADS, "add_rms_norm": 5.0 * _VECTOR_LOADS}
 """How often a norm's thread block reads or writes the elements of its row: once more than it moves,
-for the sum of squares (vLLM 0.22, `layernorm_kernels.cu`)."""
+for the sum of squares (the same file); in passes as slow as an activation's."""
 QUANTISE_BYTES = 5.0
 """What making an element of 8-bit activations passes [B]: its 16 bits twice, the first time for the
 largest of the row, and its 8 bits (vLLM 0.22, `dynamic_per_token_scaled_fp8_quant`)."""
@@ -78,6 +88,8 @@ are made: for either product the largest element of all rows, its zero before it
 (vLLM 0.22, `scaled_fp8_quant`; 123 and 491 us for 4,096 and 16,384 tokens of Qwen3-30B, H200)."""
 _PART_BYTES = 4.0
 """Of an output of decode attention while parts of a sequence are added up: 32 bits [B]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorTable:
     """Coefficients of every operator on `STATS`, for one GPU of the group.
@@ -353,7 +365,10 @@ def _feed_forward(
         compute_dtype=compute_dtype(dtype),
         calls=count,
         flops={"tokens": 2.0 * per_row * top_k * count},
-        executed_flops={"expert_rows": 2.0 * per_row * count},
+        executed_flops={
+            "expert_rows": 2.0 * per_row * count,
+            "expert_rows_saved": -2.0 * per_row * count,
+        },
         hbm_bytes={"distinct_experts": per_row * BYTES_PER_ELEMENT[dtype] * count},
         activation_bytes={"tokens": expert_activation_bytes(hidden, up, width, top_k) * count},
         tiles={"expert_rows": (up + hidden) * count / TILE**2},
@@ -444,9 +459,10 @@ def _unfused(op: _Operator, model: ModelSpec) -> _Operator:
 def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
     """Coefficients of every operator of a step; operators of equal name and shape are merged."""
     merged: dict[tuple[str, str, float], list[_Operator]] = {}
-    for op in _operators(model, serving):
-        if serving.stack == "transformers":
-            op = _unfused(op, model)
+    operators = _operators(model, serving)
+    if serving.stack == "transformers":
+        operators = (_unfused(op, model) for op in operators)
+    for op in operators:
         merged.setdefault((op.name, op.compute_dtype, op.gemm_n), []).append(op)
     groups = list(merged.values())
 
@@ -479,7 +495,7 @@ def operator_table(model: ModelSpec, serving: ServingConfig) -> OperatorTable:
 def step_stats(model: ModelSpec, **stats: Array | float) -> Array:
     """Rows of statistics (steps, len(STATS)) from named columns; experts are derived.
 
-    `tokens` decides `distinct_experts` and `expert_rows` unless they are given.
+    `tokens` decides statistics of experts unless `distinct_experts` are given.
     """
     columns = {name: np.atleast_1d(np.asarray(value, dtype=float)) for name, value in stats.items()}
     length = max(len(c) for c in columns.values())
@@ -493,9 +509,9 @@ def step_stats(model: ModelSpec, **stats: Array | float) -> Array:
         chosen = (moe.num_experts, moe.experts_per_token)
         matrix[:, _STAT["distinct_experts"]] = distinct_experts(tokens, *chosen)
         packed = model.expert_dtype in WEIGHTS_ONLY
-        matrix[:, _STAT["expert_rows"]] = expert_rows(
-            tokens, *chosen, packed=packed, tuned=moe.tile_rows
-        )
+        rows = expert_rows(tokens, *chosen, packed=packed, tuned=moe.tiles)
+        matrix[:, _STAT["expert_rows"]] = rows
+        matrix[:, _STAT["expert_rows_saved"]] = rows * wide_tile_saving(tokens, moe.tiles)
     return matrix
 
 

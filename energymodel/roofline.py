@@ -3,8 +3,7 @@
 Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
     t = call_seconds + hbm_latency_seconds + splits x split_seconds
-        + block bytes x block_seconds_per_byte + reductions x reduction_seconds
-        + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)
+        + reductions x reduction_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)
 
 The second term counts where bytes come from device memory. The third is a second kernel that adds
 up the parts of sums that were split (`splits`), the fourth a row that one thread block passes alone
@@ -235,6 +234,8 @@ def kernel_costs(
     tiling = tiles * padding * parameter("tile_seconds") / gpu.sm_count
 
     sharpness = parameter("sharpness")
+    one_block = calls * block_bytes * parameter("block_seconds_per_byte")
+    memory = _smooth_maximum(memory, one_block, sharpness)
     longest = np.maximum(np.maximum(compute, memory), 1e-30)
     from_compute = (compute / longest) ** sharpness
     from_memory = (memory / longest) ** sharpness
@@ -242,7 +243,6 @@ def kernel_costs(
     busy = (executed_flops + hbm + activation_bytes + link_bytes + tiles) > 0
     compute_share = from_compute / (from_compute + from_memory + 1e-300)
     latency = parameter("hbm_latency_seconds") * (hbm_bytes > 0)
-    latency = latency + block_bytes * parameter("block_seconds_per_byte")
     latency = latency + reductions * parameter("reduction_seconds")
     fixed = calls * (parameter("call_seconds") + gap_seconds + latency)
     fixed = fixed + splits * parameter("split_seconds")
@@ -264,6 +264,14 @@ def kernel_costs(
         executed_flops=executed_flops,
         hbm_bytes=hbm,
     )
+
+
+def _smooth_maximum(first: Array, second: Array, sharpness: Array) -> Array:
+    """(a**p + b**p)**(1/p), the larger of two times where they differ much."""
+    longest = np.maximum(np.maximum(first, second), 1e-30)
+    parts = (first / longest) ** sharpness + (second / longest) ** sharpness
+    result: Array = longest * parts ** (1.0 / sharpness)
+    return np.where((first > 0.0) | (second > 0.0), result, 0.0)
 
 
 def clock_under_cap(

@@ -113,9 +113,9 @@ class MoeSpec:
     router_bias_elements: int = 0
     grouped_top_k: bool = False
     """Experts are chosen within groups, by their scores alone (DeepSeek-V2)."""
-    tile_rows: tuple[tuple[float, int], ...] = ()
-    """(tokens of a step up to which it counts, rows of a tile) of a launch tuned for the GPU that
-    serves the model; empty = the engine's rule (`experts.moe_tile_rows`)."""
+    tiles: tuple[tuple[float, int, int], ...] = ()
+    """(tokens of a step up to which it counts, rows of a tile, its columns) of launches tuned for
+    the GPU that serves the model; empty = the engine's rule (`experts.moe_tile_rows`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

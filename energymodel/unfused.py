@@ -3,8 +3,8 @@
 Counted in `modeling_llama.py` and `modeling_olmo.py` of Transformers 5. Kernels of PyTorch that
 convert 16 to 32 bit, broadcast, or read what lies apart do not vectorise: an SM passes an element
 in 0.4 ns then (`tile_seconds` of the class `elementwise`), whatever the memory gives. How many such
-passes norms and the rotation take beyond the time of their bytes is read from the kernels of prompts
-of Llama-3.1-8B, Qwen3-4B and OLMo-1B (H200, tests/test_step_kernels.py).
+passes norms and the rotation take beyond the time of their bytes is read from the kernels of
+prompts of Llama-3.1-8B, Qwen3-4B and OLMo-1B (H200, tests/test_step_kernels.py).
 """
 
 from __future__ import annotations

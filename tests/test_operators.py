@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from calibration.fitting.kernel_windows import read_windows
 from energymodel.calibrations import load_calibration
 from energymodel.expert_tiles import with_tuned_tiles
-from energymodel.experts import distinct_experts, expert_rows, moe_tile_rows, packed_tile_rows
+from energymodel.experts import (
+    distinct_experts,
+    expert_rows,
+    moe_tile_rows,
+    packed_tile_rows,
+    wide_tile_saving,
+)
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
 from energymodel.operators import (
@@ -66,10 +72,12 @@ def test_tile_rows_are_those_of_the_measured_launches() -> None:
             )
             group = replace(tiny().layers[0], feed_forward=spec)
             model = with_tuned_tiles(replace(tiny(), layers=(group,)), ServingConfig(), gpu)
-            rows = model.layers[0].feed_forward.tile_rows  # type: ignore[union-attr]
-            found, tuned = found + 1, tuned + bool(rows)
-            chosen = moe_tile_rows(np.array([float(shape["tokens"])]), rows)[0]
-            assert chosen == window["details"]["config"]["BLOCK_SIZE_M"], window["case"]
+            tiles = model.layers[0].feed_forward.tiles  # type: ignore[union-attr]
+            found, tuned = found + 1, tuned + bool(tiles)
+            tokens, config = np.array([float(shape["tokens"])]), window["details"]["config"]
+            assert moe_tile_rows(tokens, tiles)[0] == config["BLOCK_SIZE_M"], window["case"]
+            is_wide = config["BLOCK_SIZE_N"] == 256
+            assert (wide_tile_saving(tokens, tiles)[0] > 0.0) == is_wide, window["case"]
     assert found > 100
     assert tuned >= 10
 
@@ -77,17 +85,19 @@ def test_tile_rows_are_those_of_the_measured_launches() -> None:
 def test_tuned_tiles_are_vllms_on_the_gpu_they_were_tuned_for() -> None:
     model, serving = load_model("qwen3-30b-a3b"), ServingConfig()
 
-    def rows(gpu: str, serving: ServingConfig) -> tuple[tuple[float, int], ...]:
+    def tiles(gpu: str, serving: ServingConfig) -> tuple[tuple[float, int, int], ...]:
         moe = moe_spec(with_tuned_tiles(model, serving, load_gpu(gpu)))
         assert moe is not None
-        return moe.tile_rows
+        return moe.tiles
 
     # E=128,N=768,device_name=NVIDIA_H200.json: 16 rows for 128 tokens, 32 for 256, 64 for 512
-    assert rows("h200", serving) == ((192, 16), (384, 32), (768, 64), (float("inf"), 128))
-    assert rows("h100", serving) == ()
-    assert rows("h100", replace(serving, tensor_parallel=2)) != ()  # 128 experts of width 384
-    assert rows("h200", replace(serving, weight_dtype="fp8")) == ()
-    assert rows("h200", replace(serving, stack="transformers")) == ()
+    found, tokens = tiles("h200", serving), np.array([128.0, 256.0, 512.0, 1024.0])
+    assert moe_tile_rows(tokens, found).tolist() == [16, 32, 64, 128]
+    assert (wide_tile_saving(tokens, found) > 0.0).tolist() == [False, True, False, True]
+    assert tiles("h100", serving) == ()
+    assert tiles("h100", replace(serving, tensor_parallel=2)) != ()  # 128 experts of width 384
+    assert tiles("h200", replace(serving, weight_dtype="fp8")) == ()
+    assert tiles("h200", replace(serving, stack="transformers")) == ()
 
 
 def test_decode_attention_multiplies_whole_tiles_of_queries() -> None:

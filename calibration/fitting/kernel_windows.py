@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import KernelRows
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
+from energymodel.experts import saving_of_columns
 from energymodel.operators import NORM_PASSES, compute_dtype
 from energymodel.specs import GpuSpec
 from energymodel.tiles import (
@@ -186,11 +187,12 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
             "tiles": tiles,
         }
     if kind in ("moe", "moe_packed"):
-        rows = window["details"]["expert_rows"]
+        rows, config = window["details"]["expert_rows"], window["details"].get("config", {})
+        saved = float(saving_of_columns(np.array(config.get("BLOCK_SIZE_N", 0))))
         width, hidden = shape["width"], shape["hidden"]
         return {
             "flops": window["flops"],
-            "executed_flops": 6.0 * rows * width * hidden,
+            "executed_flops": 6.0 * rows * width * hidden * (1.0 - saved),
             "tiles": rows * (2.0 * width + hidden) / TILE**2,
         }
     is_norm = window["launcher"] in NORM_PASSES
