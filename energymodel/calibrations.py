@@ -27,12 +27,13 @@ _MOST = 1e30  # no unit used here comes near it
 class KernelCalibration:
     """How kernels of one operator class use the GPU.
 
-    A call takes `call_seconds + hbm_latency_seconds + splits x split_seconds + block bytes x
-    block_seconds_per_byte + reductions x reduction_seconds + tiles x tile_seconds / SMs +
-    (t_compute**p + t_memory**p)**(1/p)`, p = `sharpness`, with
+    A call takes `call_seconds + hbm_latency_seconds + splits x split_seconds + reductions x
+    reduction_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)`, p =
+    `sharpness`, with
     t_compute = executed FLOPs / (peak x compute_efficiency x wave fill**wave_exponent) and
-    t_memory = bytes / (bandwidth x memory_efficiency). Prefill attention has p = 1: the tables of
-    the simulator add up its statistics.
+    t_memory = bytes / (bandwidth x memory_efficiency), or what a row takes in one thread block,
+    put together by the same p. Prefill attention has p = 1: the tables of the simulator add up its
+    statistics.
     """
 
     compute_efficiency: float

@@ -3,14 +3,15 @@
 Time of an operator, per call (Williams et al. 2009, with a smooth ridge):
 
     t = call_seconds + hbm_latency_seconds + splits x split_seconds
-        + reductions x reduction_seconds + tiles x tile_seconds / SMs + (t_compute**p + t_memory**p)**(1/p)
+        + reductions x reduction_seconds + tiles x tile_seconds / SMs
+        + (t_compute**p + t_memory**p)**(1/p)
 
 The second term counts where bytes come from device memory. The third is a second kernel that adds
-up the parts of sums that were split (`splits`), the fourth a row that one thread block passes alone
-(its bytes leave no faster than one SM takes them, however few rows there are), the fifth the sums
-over a row, for which its threads wait for each other, the sixth what an SM spends on each tile
-before and after its arithmetic; t_memory holds the bytes from device memory,
-from the L2 and over links.
+up the parts of sums that were split (`splits`), the fourth the sums over a row, for which the
+threads of a block wait for each other, the fifth what an SM spends on each tile before and after
+its arithmetic; t_memory holds the bytes from device memory, from the L2 and over links. Where one
+thread block passes a row alone, t_memory is in the same way the longer of that and the row's bytes
+x block_seconds_per_byte: they leave no faster than one SM takes them, however few rows there are.
 
 Energy of a step whose GPU time is t:
 

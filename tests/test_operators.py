@@ -258,3 +258,32 @@ def test_tensor_parallelism_divides_the_work() -> None:
     # a row-parallel GEMM keeps its columns and tiles; heads are divided
     at = one.names.index("attention_decode")
     assert (stats @ four.tiles[at]) == pytest.approx((stats @ one.tiles[at]) / 4)
+
+
+def test_wide_tiles_of_experts_save_time_and_no_work() -> None:
+    model, serving = load_model("mixtral-8x7b"), ServingConfig()
+    tuned = with_tuned_tiles(model, serving, load_gpu("h200"))  # 256 columns from 192 tokens on
+    at = operator_table(tuned, serving).names.index("experts")
+    for tokens, over in ((64.0, 1.0), (1024.0, 1.08)):
+        stats = step_stats(tuned, tokens=tokens, rows=1.0)
+        table = operator_table(tuned, serving)
+        executed = float((stats @ table.executed_flops.T)[0, at])
+        rows = float(stats[0, STATS.index("expert_rows")])
+        assert executed == pytest.approx(rows * 6 * 4096 * 14336 * 32 / over)
+        useful = float((stats @ table.flops.T)[0, at])
+        assert useful == pytest.approx(tokens * 2 * 6 * 4096 * 14336 * 32)
+
+
+def test_transformers_runs_a_layer_norm_in_fewer_kernels_than_an_rms_norm() -> None:
+    serving = ServingConfig(stack="transformers")
+    tables = {name: operator_table(load_model(name), serving) for name in ("olmo-1b", "qwen3-4b")}
+
+    def each(model: str, column: str) -> float:
+        table, layers = tables[model], {"olmo-1b": 16, "qwen3-4b": 36}[model]
+        at = table.names.index("norm")
+        return float(np.sum(getattr(table, column)[at])) / layers / 2
+
+    assert each("olmo-1b", "calls") == 4  # to 32 bit, the norm, back; the residual
+    assert each("qwen3-4b", "calls") == 9
+    assert each("olmo-1b", "activation_bytes") == 26 * 2048
+    assert each("qwen3-4b", "activation_bytes") == 42 * 2560

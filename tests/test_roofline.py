@@ -225,14 +225,20 @@ def test_sequences_and_rows_are_tiles_of_attention() -> None:
 
 
 def test_a_row_passes_at_the_rate_of_one_thread_block() -> None:
-    kernel = ideal_kernel(block_seconds_per_byte=2e-11, call_seconds=1e-6)
-    # 86 kB of a row: 1.72 us a call, whether 8 or 16 rows pass side by side
-    by_block = {"block_bytes": 86e3, "calls": 2.0}
-    few = seconds_of(kernel, activation_bytes=8 * 86e3, **by_block)
-    more = seconds_of(kernel, activation_bytes=16 * 86e3, **by_block)
-    bytes_alone = 8 * 86e3 / (3e12 * calibration().onchip_speedup)
-    assert few == pytest.approx(2 * 2.72e-6 + bytes_alone)
-    assert more - few == pytest.approx(bytes_alone)
+    kernel = ideal_kernel(block_seconds_per_byte=2e-11, call_seconds=1e-6, sharpness=2.0)
+    # 86 kB of a row: 1.72 us a call, beside what the bytes of all rows take
+    row = 2 * 1.72e-6
+    for rows in (8, 16, 64):
+        whole = rows * 86e3 / (3e12 * calibration().onchip_speedup)
+        taken = seconds_of(kernel, activation_bytes=rows * 86e3, block_bytes=86e3, calls=2.0)
+        assert taken == pytest.approx(2e-6 + np.hypot(row, whole))
+
+
+def test_threads_wait_for_each_other_in_the_sum_over_a_row() -> None:
+    kernel = ideal_kernel(reduction_seconds=6e-7, call_seconds=1e-6)
+    assert seconds_of(kernel, activation_bytes=1.0, reductions=1.0, calls=3.0) == pytest.approx(
+        3 * 1.6e-6, rel=1e-6
+    )
 
 
 def test_the_first_bytes_of_device_memory_come_later() -> None:
