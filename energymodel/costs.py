@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from energymodel.acceptance import expected_tokens
 from energymodel.calibrations import Calibration, StackCalibration
 from energymodel.errors import CapacityError, ConfigurationError, unknown_name
+from energymodel.host_times import host_seconds
 from energymodel.operators import (
     OperatorTable,
     kv_bytes_per_token,
@@ -426,53 +427,3 @@ def _graph_tokens(serving: ServingConfig) -> NDArray[np.int64]:
         return np.zeros(0, np.int64)
     ordered = np.array(sorted(serving.graph_batch_sizes))
     return ordered[np.searchsorted(ordered, np.arange(ordered[-1] + 1))].astype(np.int64)
-
-
-def host_seconds(model: ModelSpec, stack: StackCalibration, serving: ServingConfig) -> Array:
-    """Host and gap seconds of a step, in the order of `CostTables.host`.
-
-    0 of a step in a captured graph, 1 of one with prompts (attention left out of the graph), 2 of
-    one that launches every kernel; 3 per sequence; 4 gap, 5 gap per sequence, 6 gap before a first
-    step, 7 per new prompt; 8 of a draft model's pass, which launches every kernel; 9 of a round
-    with drafts, 10 the same per sequence.
-    """
-    step, sequence = stack.step_host_seconds, stack.sequence_host_seconds
-    if serving.tensor_parallel > 1:
-        step += stack.parallel_host_seconds
-        sequence *= stack.parallel_sequence_share
-    draft_kernels = 0.0 if serving.draft is None else _kernels(serving.draft.model, stack)
-    return np.array(
-        [
-            step,
-            step + stack.piecewise_kernels * model.num_layers * stack.launch_seconds,
-            step + _kernels(model, stack) * stack.launch_seconds,
-            sequence,
-            stack.step_gap_seconds,
-            stack.sequence_gap_seconds,
-            stack.start_gap_seconds,
-            stack.request_host_seconds,
-            stack.draft_host_seconds + draft_kernels * stack.launch_seconds,
-            stack.round_host_seconds,
-            stack.round_sequence_host_seconds,
-        ]
-    )
-
-
-_LAYER_NORM_KERNELS = 3.0
-"""A layer norm run op by op converts to 32 bit, normalises and converts back."""
-
-
-def _kernels(model: ModelSpec, stack: StackCalibration) -> float:
-    """Kernels that the layers launch where no graph replays them."""
-    rms = stack.norm_kernels
-    each = min(_LAYER_NORM_KERNELS, rms) if model.layer_norm else rms
-    usual = 1 if model.parallel_block else 2
-    count = 0.0
-    for group in model.layers:
-        doubled = (
-            not model.layer_norm and group.norm_elements == 4 * model.hidden_size
-        )  # Gemma 2, 3
-        of_heads = 2 if group.attention.qk_norm_elements else 0
-        norms = (2 * usual if doubled else usual) * each + of_heads * rms
-        count += group.count * (stack.kernels_per_layer - 2.0 * rms + norms)
-    return count

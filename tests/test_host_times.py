@@ -9,7 +9,7 @@ import pytest
 from shapes import calibration, gpu, tiny
 
 from energymodel.calibrations import Calibration
-from energymodel.costs import host_seconds
+from energymodel.host_times import host_seconds
 from energymodel.models import load_model
 from energymodel.results import Prediction
 from energymodel.specs import Draft, ServingConfig
@@ -29,10 +29,10 @@ STACK = replace(
 )
 
 
-def launched(model: str) -> float:
+def launched(model: str, stack: str = "vllm") -> float:
     """Kernels a layer launches."""
     spec = load_model(model)
-    seconds = host_seconds(spec, STACK, ServingConfig())[2] - 1e-3
+    seconds = host_seconds(spec, STACK, ServingConfig(stack=stack))[2] - 1e-3
     return float(seconds / 1e-5 / spec.num_layers)
 
 
@@ -48,6 +48,31 @@ def launched(model: str) -> float:
 )
 def test_norms_of_an_architecture_are_launched(model: str, kernels: float) -> None:
     assert launched(model) == pytest.approx(kernels)
+
+
+def test_eager_norms_of_gemma_run_op_by_op() -> None:
+    stack = replace(STACK, norm_kernels=1.0, kernels_per_layer=16.0)
+    eager = ServingConfig(stack="vllm-eager")
+    gemma, llama = (load_model(name) for name in ("gemma-2-9b", "llama-3.1-8b"))
+    each = {
+        model.name: (host_seconds(model, stack, eager)[2] - 1e-3) / 1e-5 / model.num_layers
+        for model in (gemma, llama)
+    }
+    assert each[llama.name] == pytest.approx(16)
+    assert each[gemma.name] == pytest.approx(14 + 4 * 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "stack", "more"),
+    [
+        ("qwen3-30b-a3b", "vllm", 2 * 8 + 15),  # norms of queries and keys, and experts
+        ("qwen3-30b-a3b", "vllm-eager", 2 * 8 + 15),
+        ("qwen3-30b-a3b", "transformers", 2 * 8),  # other kernels, not measured
+        ("gpt-oss-20b", "vllm", 0),  # packed: one call
+    ],
+)
+def test_experts_take_the_host_longer_to_launch(model: str, stack: str, more: float) -> None:
+    assert launched(model, stack) == pytest.approx(70 + more)
 
 
 def test_further_gpus_take_host_time() -> None:
