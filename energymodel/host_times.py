@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.calibrations import StackCalibration
-from energymodel.operators import WEIGHTS_ONLY
+from energymodel.operators import WEIGHTS_ONLY, has_gemma_norms
 from energymodel.specs import ModelSpec, MoeSpec, ServingConfig
 
 Array = NDArray[np.float64]
@@ -18,11 +18,12 @@ _LAYER_NORM_KERNELS = 3.0
 _OP_BY_OP_NORM_KERNELS = 5.0
 """What a norm of Gemma takes the host where nothing is compiled: its weight is 1 + w, which is no
 kernel of vLLM's. A layer of Gemma-2-9B then takes 0.83 ms where Llama's take 0.41 (one host)."""
-_EXPERT_KERNELS = 15.0
+_EXPERT_KERNELS = 13.0
 """What fused experts take the host beyond a dense MLP's kernels, in launches: vLLM looks up tiles,
 aligns rows to them and launches Triton's kernels from Python. First steps of 1,024 tokens, outside
-graphs, of OLMoE and Qwen3-30B-A3B take 1.0 to 1.9 ms a layer, dense ones 0.5 to 0.6 (six hosts);
-eager steps of OLMoE 0.91 where Llama's take 0.41. Packed experts (gpt-oss) are one call."""
+graphs, of OLMoE and Qwen3-30B-A3B take 0.9 to 1.9 ms a layer, dense ones 0.5 to 0.6: 7 to 18
+launches more on seven hosts, 13 their median; eager steps of OLMoE take 0.91 ms a layer where
+Llama's take 0.41. Packed experts (gpt-oss) are one call."""
 
 
 def host_seconds(model: ModelSpec, stack: StackCalibration, serving: ServingConfig) -> Array:
@@ -65,7 +66,7 @@ def _kernels(model: ModelSpec, stack: StackCalibration, name: str) -> float:
     fused_experts = is_vllm and model.expert_dtype not in WEIGHTS_ONLY
     count = 0.0
     for group in model.layers:
-        is_gemma = not model.layer_norm and group.norm_elements == 4 * model.hidden_size  # 2, 3
+        is_gemma = has_gemma_norms(model, group)
         own = max(each, _OP_BY_OP_NORM_KERNELS) if is_gemma and name == "vllm-eager" else each
         of_heads = 2 if group.attention.qk_norm_elements else 0
         kernels = stack.kernels_per_layer - 2.0 * rms

@@ -248,8 +248,9 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
     kernels = 3 if serving.stack == "vllm" else 2  # compiled: one for queries, one for keys
     yield _elementwise("rotary_and_kv_write", rotary, count, kernels)
     if spec.qk_norm_elements and serving.stack != "vllm":  # whose compiler fuses them with rotary
-        heads_normed = 2.0 * (query + kv_heads * spec.head_dim) * ACTIVATION_BYTES
-        yield _elementwise("qk_norm", heads_normed, count, kernels=2)
+        normed = query + kv_heads * spec.head_dim
+        norms = _elementwise("qk_norm", 2.0 * normed * ACTIVATION_BYTES, count, kernels=2)
+        yield _after_copies(norms, normed) if serving.stack == "vllm-eager" else norms
     yield _gemm("o_proj", hidden, output, count, dtype)
     if dtype in EIGHT_BIT:
         yield _quantise("attention", hidden + output, count, kernels=2)
@@ -279,6 +280,11 @@ def norms_per_layer(model: ModelSpec, group: LayerGroup) -> int:
     if model.layer_norm:
         return 1 if model.parallel_block else 2
     return max(1, round(group.norm_elements / model.hidden_size))
+
+
+def has_gemma_norms(model: ModelSpec, group: LayerGroup) -> bool:
+    """Whether these are layers of Gemma 2 or 3, whose norms weigh by 1 + w: no kernel of vLLM's."""
+    return not model.layer_norm and group.norm_elements == 4 * model.hidden_size
 
 
 def _cache_passes(spec: AttentionSpec, serving: ServingConfig) -> float:
@@ -314,6 +320,20 @@ def _elementwise(
         activation_bytes={per: bytes_each * count},
         block_bytes=block_bytes,
         reductions=reductions,
+    )
+
+
+def _after_copies(norms: _Operator, elements: float) -> _Operator:
+    """Norms of queries and keys with the copies before them: a kernel of vLLM's needs them apart.
+
+    They lie side by side; PyTorch's copies do not vectorise then (`unfused.py`).
+    """
+    assert norms.activation_bytes is not None
+    return replace(
+        norms,
+        activation_bytes={k: 2.0 * v for k, v in norms.activation_bytes.items()},
+        tiles={"tokens": elements * norms.calls / 2.0},
+        calls=2.0 * norms.calls,
     )
 
 
@@ -396,9 +416,11 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         # fused add and norm: reads input and residual, writes both
         passed = 4.0 * hidden * ACTIVATION_BYTES
         row = NORM_PASSES["add_rms_norm"] * hidden * ACTIVATION_BYTES
-        yield _elementwise(
+        norm = _elementwise(
             "norm", norms * passed, count, kernels=norms, block_bytes=row, reductions=1.0
         )
+        one_by_one = serving.stack == "vllm-eager" and has_gemma_norms(model, group)
+        yield _unfused(norm, model) if one_by_one else norm
         if tp > 1:
             yield _all_reduce(hidden, tp, count)
     yield _elementwise("embedding", 2.0 * hidden * ACTIVATION_BYTES, 1.0, kernels=1)
@@ -420,11 +442,11 @@ def _operators(model: ModelSpec, serving: ServingConfig) -> Iterator[_Operator]:
         calls=1.0,
         activation_bytes={"rows": model.vocab_size * GREEDY_BYTES_PER_LOGIT},
     )
-    if (
-        choice := BEYOND_GREEDY.get((serving.decoding, serving.stack in STATIC_STACKS))
-    ) is not None:
-        name, bytes_per_logit, kernels = choice
-        yield _elementwise(name, model.vocab_size * bytes_per_logit, 1.0, kernels, per="rows")
+    draw = BEYOND_GREEDY.get((serving.decoding, serving.stack in STATIC_STACKS))
+    if draw is not None:
+        passed = model.vocab_size * draw.bytes_per_logit
+        drawn = _elementwise(draw.name, passed, 1.0, draw.kernels, per="rows")
+        yield replace(drawn, tiles={"rows": model.vocab_size * draw.slow_passes})
 
 
 def _all_reduce(hidden: int, tp: int, count: float) -> _Operator:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 GREEDY_BYTES_PER_LOGIT = 14.0
 """2 written, 2 read, 4 written as 32 bit, 4 + 2 read by the search of the largest."""
 
-_SORTED = ("top_p", 360.0, 137)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """What choosing a token launches beyond greedy decoding."""
+
+    name: str
+    bytes_per_logit: float
+    """Of logits in 32 bit."""
+    kernels: int
+    slow_passes: float = 0.0
+    """Times that a logit is passed by kernels which the SMs bound, not the memory (`unfused.py`)."""
+
+
+_SORTED = Draw(name="top_p", bytes_per_logit=280.0, kernels=137, slow_passes=12.0)
 """Top-p over the sorted vocabulary in torch's operators, as vLLM up to 0.11 and Transformers draw.
 
 So that, as work of the class `elementwise`, it takes what the kernel windows `sampling.sorted` took
-on the H100: within 1 % of the seconds for 64 and 256 rows, -6 and +62 % for 8 and 1; joules -23 to
-0 % for 8 rows and more. It is 16 % short on the H200, whose memory is faster and whose sort is
-not."""
+on the H100: within 4 % of the seconds for 64 and 256 rows, -12 and +51 % for 8 and 1; on the H200,
+whose memory is faster and whose SMs are not, -9, -1, -18 and +45 %. Joules of 8 rows and more come
+out 17 to 43 % low: what a sort draws beyond its bytes is not modelled."""
 
-BEYOND_GREEDY: Mapping[tuple[str, bool], tuple[str, float, int]] = {
-    ("sampling", False): ("top_p", 52.0, 5),
+BEYOND_GREEDY: Mapping[tuple[str, bool], Draw] = {
+    ("sampling", False): Draw(name="top_p", bytes_per_logit=52.0, kernels=5),
     ("sampling-sorted", False): _SORTED,
     ("sampling", True): _SORTED,
     ("sampling-sorted", True): _SORTED,
-    ("beam", True): ("beam_top_k", 40.0, 26),
+    ("beam", True): Draw(name="beam_top_k", bytes_per_logit=40.0, kernels=26),
 }
-"""What choosing a token launches beyond greedy decoding, by strategy and whether batches are
-static: name, bytes per logit in 32 bit, kernels.
+"""By decoding strategy and whether batches are static.
 
 vLLM 0.22 without FlashInfer, 8 rows or more (`TopKTopPSampler.forward_native`, `random_sample`):
 division by the temperature 8, the Triton top-p filter (two passes that read, one that masks) 16,

@@ -102,6 +102,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("onchip_speedup",), prior=0.3),
     Parameter(paths=("kernels.elementwise.memory_efficiency",), prior=0.3, high=1.1),
     Parameter(paths=("kernels.elementwise.call_seconds",), prior=0.3),
+    Parameter(paths=("kernels.elementwise.sharpness",), prior=0.2, low=1.0, high=16.0),
     Parameter(paths=("kernels.elementwise.block_seconds_per_byte",), prior=0.5),
     Parameter(paths=("kernels.elementwise.block_joules_per_byte",), prior=0.5),
     Parameter(paths=("kernels.elementwise.reduction_seconds",), prior=0.5),
