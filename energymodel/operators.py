@@ -73,12 +73,22 @@ for the sum of squares (the same file); in passes as slow as an activation's."""
 QUANTISE_BYTES = 5.0
 """What making an element of 8-bit activations passes [B]: its 16 bits twice, the first time for the
 largest of the row, and its 8 bits (vLLM 0.22, `dynamic_per_token_scaled_fp8_quant`)."""
-_ROUTING_KERNELS = 4
+_CACHE_WRITE_KERNELS, _CACHE_WRITE_PASSES, _LATENT_WRITE_PASSES = 1.6, 2400.0, 950.0
+"""What writing the cache takes beside its bytes: 2.1 us for one token, as 1.6 small kernels, and a
+thread block for each token, as long as that many elements that a kernel passes slowly (`tiles`).
+16,384 tokens take 134 to 186 us for 1,024 to 6,144 elements a token, 54 us for a latent of 576;
+kernels of steps on H200s (tests/test_step_kernels.py), as are the next two."""
+_ROTARY_PASSES = 0.22
+"""Slow passes of the rotation's elements: 2.2 to 2.5 TB/s for 16,384 tokens."""
+_COMBINE_KERNELS, _COMBINE_PASSES = 1.45, 0.84
+"""The same of what adds up parts of decode attention: 1.9 to 2.5 us for up to 32 sequences, 3.9 for
+128 and 7.1 for 256 (32 heads of 128)."""
+_ROUTING_KERNELS = 4.6
 """Small kernels that last as long as those of a router: a top-k (3.2 to 3.9 us for 64 and 128
 experts where a copy takes 1.0) and the copy of the experts' output; and what its product takes
 longer than others, which two thread blocks do alone (5 us). Kernels of steps on an H200
-(tests/test_step_kernels.py): within 7 % for 1 to 32 tokens, 11 % short for 128."""
-_GROUPED_ROUTING_KERNELS = 15
+(tests/test_step_kernels.py): within 6 % for 1 to 32 tokens, 10 % short for 128."""
+_GROUPED_ROUTING_KERNELS = 18
 """The same where experts are chosen within groups, for which vLLM 0.22 has a kernel only with a
 bias (DeepSeek-V3): softmax, two top-k, their masks and copies by torch (DeepSeek-V2-Lite on an
 H200, tests/test_step_kernels.py)."""
@@ -243,10 +253,9 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
         activation_bytes={"decode_sequences": (query + output) * ACTIVATION_BYTES * count},
         tiles={"decode_sequences": sequence_tiles * count / queries},
     )
-    # rotary reads and writes queries and keys; writing the cache reads and writes keys and values
-    rotary = 2.0 * (query + kv_elements) * ACTIVATION_BYTES
-    kernels = 3 if serving.stack == "vllm" else 2  # compiled: one for queries, one for keys
-    yield _elementwise("rotary_and_kv_write", rotary, count, kernels)
+    is_mla = spec.kind == "mla"
+    keys = float(spec.qk_rope_head_dim) if is_mla else kv_heads * spec.head_dim
+    yield _rotary_and_kv_write(query, keys, kv_elements, count, serving, is_mla=is_mla)
     if spec.qk_norm_elements and serving.stack != "vllm":  # whose compiler fuses them with rotary
         normed = query + kv_heads * spec.head_dim
         norms = _elementwise("qk_norm", 2.0 * normed * ACTIVATION_BYTES, count, kernels=2)
@@ -254,6 +263,21 @@ def _attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterat
     yield _gemm("o_proj", hidden, output, count, dtype)
     if dtype in EIGHT_BIT:
         yield _quantise("attention", hidden + output, count, kernels=2)
+
+
+def _rotary_and_kv_write(
+    query: float, keys: float, cached: float, count: float, serving: ServingConfig, *, is_mla: bool
+) -> _Operator:
+    """Rotates queries and keys, writes keys and values to the cache; all read and written once."""
+    name = "rotary_and_kv_write"
+    if not serving.stack.startswith("vllm"):
+        return _elementwise(name, 2.0 * (query + cached) * ACTIVATION_BYTES, count, kernels=2)
+    rotated = query + keys
+    kernels = 2 if serving.stack == "vllm" else 1  # compiled: one for queries, one for keys
+    passed = 2.0 * (rotated + cached) * ACTIVATION_BYTES
+    slow = _ROTARY_PASSES * rotated + (_LATENT_WRITE_PASSES if is_mla else _CACHE_WRITE_PASSES)
+    both = _elementwise(name, passed, count, kernels + _CACHE_WRITE_KERNELS)
+    return replace(both, tiles={"tokens": slow * count})
 
 
 def _attention_combine(model: ModelSpec, group: LayerGroup, serving: ServingConfig) -> _Operator:
@@ -268,8 +292,9 @@ def _attention_combine(model: ModelSpec, group: LayerGroup, serving: ServingConf
     output = spec.num_heads / serving.tensor_parallel * width
     passed = output * (2.0 * _PART_BYTES + ACTIVATION_BYTES)
     windows = {g.attention.window_tokens for g in model.layers}
-    kernels = 1 if len(windows) == 1 else 2
-    return _elementwise("attention_combine", passed, float(group.count), kernels, per="rows")
+    kernels = _COMBINE_KERNELS + (0.0 if len(windows) == 1 else 1.0)
+    combine = _elementwise("attention_combine", passed, float(group.count), kernels, per="rows")
+    return replace(combine, tiles={"rows": _COMBINE_PASSES * output * group.count})
 
 
 def norms_per_layer(model: ModelSpec, group: LayerGroup) -> int:
@@ -307,7 +332,7 @@ def _elementwise(
     name: str,
     bytes_each: float,
     count: float,
-    kernels: int,
+    kernels: float,
     per: str = "tokens",
     block_bytes: float = 0.0,
     reductions: float = 0.0,

@@ -19,7 +19,7 @@ from energymodel.costs import (
 )
 from energymodel.operators import operator_table, step_stats, window_tokens
 from energymodel.roofline import operator_costs, step_seconds_and_joules
-from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
+from energymodel.specs import GpuSpec, ModelSpec, MoeSpec, ServingConfig
 
 TILE = 128
 
@@ -48,6 +48,12 @@ class Outcome:
     idle_seconds: float = 0.0
     steps: int = 0
     preemptions: int = 0
+
+
+def of_experts(model: ModelSpec, serving: ServingConfig) -> float:
+    """Launches of a layer that its experts take more; all layers of these models are alike."""
+    has_experts = isinstance(model.layers[0].feed_forward, MoeSpec)
+    return 13.0 if has_experts and serving.stack.startswith("vllm") else 0.0
 
 
 def chunk_pairs(start: int, count: int, window: int) -> tuple[float, float]:
@@ -104,7 +110,7 @@ def step_cost(
     host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
     launches = model.num_layers * stack.launch_seconds
     if not in_graph:
-        host += stack.kernels_per_layer * launches
+        host += (stack.kernels_per_layer + of_experts(model, serving)) * launches
     elif prefills:
         host += stack.piecewise_kernels * launches
     gap = stack.step_gap_seconds + stack.sequence_gap_seconds * len(work)
@@ -301,7 +307,9 @@ def round_cost(
         chunks=chunks,
     )
     stack = calibration.stacks[serving.stack]
-    kernels = stack.kernels_per_layer
+    kernels, drafting = (
+        stack.kernels_per_layer + of_experts(m, serving) for m in (model, draft.model)
+    )
     launches = 0.0
     if not captured:
         launches = kernels * model.num_layers
@@ -331,7 +339,8 @@ def round_cost(
                 chunks=[],
             )
         tables = tables + own
-        host += stack.draft_host_seconds + kernels * draft.model.num_layers * stack.launch_seconds
+        launches = drafting * draft.model.num_layers
+        host += stack.draft_host_seconds + launches * stack.launch_seconds
     gap = stack.round_host_seconds
     gap += (stack.sequence_host_seconds + stack.round_sequence_host_seconds) * count
     gap += stack.request_host_seconds * len(chunks)

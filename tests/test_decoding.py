@@ -66,8 +66,8 @@ def served(stack: str, rows: list[tuple[int, int]], model: ModelSpec, **more: An
     [
         ("vllm", "greedy", 14.0),
         ("vllm", "sampling", 14.0 + 52.0),
-        ("vllm", "sampling-sorted", 14.0 + 360.0),
-        ("transformers", "sampling", 14.0 + 360.0),
+        ("vllm", "sampling-sorted", 14.0 + 284.0),
+        ("transformers", "sampling", 14.0 + 284.0),
         ("transformers", "beam:4", 14.0 + 40.0),
     ],
 )

@@ -20,9 +20,9 @@ def engine(board: str, step_seconds: float | None) -> str:
     return json.dumps({"kind": "engine", "host": host, "identity": identity})
 
 
-def test_each_machine_counts_once_by_its_median(tmp_path: Path) -> None:
+def test_each_machine_counts_once_by_the_mean_of_its_two_speeds(tmp_path: Path) -> None:
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-    lines = [engine("a", s) for s in (1e-7, 1e-7, 9e-7)]
+    lines = [engine("a", s) for s in (0.6e-7, 0.6e-7, 1.8e-7)]
     one.write_text("\n".join([*lines, '{"kind": "run"}', engine("c", None)]) + "\n")
     other.write_text(engine("b", 4e-7) + "\n")
     hosts = read_hosts([one, other])

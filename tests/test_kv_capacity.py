@@ -17,7 +17,7 @@ from energymodel.models import model_from_config
 from energymodel.specs import DEFAULT_DTYPE
 
 RUNS = sorted((Path(__file__).parents[1] / "calibration/data/serving").glob("*.jsonl.gz"))
-HYBRID = {"gpt-oss-20b", "gemma-2-9b", "gemma-3-27b-text"}
+HYBRID = {"gpt-oss-20b", "gemma-2-9b", "gemma-2-27b", "gemma-3-27b-text"}
 """Layers with a window give blocks back there, see docs/limits.md."""
 
 

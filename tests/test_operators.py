@@ -210,13 +210,13 @@ def test_tiles_of_a_gemm_cover_its_output() -> None:
 
 @pytest.mark.parametrize(
     ("width", "as_wide_as"),
-    # heads of 80 take the kernel for 96, which is three times as slow; those of 112 that for 128
-    [(32, 64), (64, 64), (80, 288), (96, 288), (112, 128), (128, 128), (256, 256), (300, 300)],
+    # heads of 80 take the kernel for 96, which is 3.2 times as slow; those of 112 that for 128
+    [(32, 64), (64, 64), (80, 307.2), (96, 307.2), (112, 128), (128, 128), (256, 256), (300, 300)],
 )
 def test_decode_attention_has_kernels_for_some_widths_of_a_head(
-    width: int, as_wide_as: int
+    width: int, as_wide_as: float
 ) -> None:
-    assert float(decode_head_width(width)) == as_wide_as
+    assert float(decode_head_width(width)) == pytest.approx(as_wide_as)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,8 @@ def test_small_kernels_of_a_layer_follow_its_architecture(
         for name in ("norm", "attention_combine")
     }
     assert calls["norm"] == norms * spec.num_layers
-    assert calls["attention_combine"] == beside_attention * spec.num_layers
+    # what adds up the parts lasts as long as 1.45 small kernels
+    assert calls["attention_combine"] == pytest.approx((0.45 + beside_attention) * spec.num_layers)
 
 
 def test_tensor_parallelism_divides_the_work() -> None:

@@ -34,7 +34,7 @@ def uneven(**changes: Any) -> Calibration:
             call_seconds=3e-6 + 1e-6 * i,
             sharpness=1.0 if c == "attention_prefill" else 3.0,
             wave_exponent=0.2,
-            tile_seconds=1e-6,
+            tile_seconds=4e-10 if c == "elementwise" else 1e-6,
             active_watts=20.0 + i,
             flop_energy_factor=1.0 + 0.1 * i,
         )

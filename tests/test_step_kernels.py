@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.kernels.attention_within import SHAPES, VARIANTS
 from calibration.metering.windows import read_jsonl
 from calibration.serving import cases
 from calibration.serving.engine import RunLog
@@ -279,14 +277,6 @@ def test_what_surrounds_decode_attention_in_a_step_explains_a_part() -> None:
         else:
             assert max(abs(s / alone - 1.0) for s in same) < 0.04
             assert 0.8e-6 < cold < 3.1e-6
-
-
-def test_surroundings_of_the_records_are_those_that_are_measured() -> None:
-    records = read_jsonl(DATA / "attention" / "h200-card-h.jsonl.gz")
-    assert {tuple(r["shape"].items()) for r in records} == {
-        tuple(asdict(shape).items()) for shape in SHAPES
-    }
-    assert set(VARIANTS) <= {r["variant"] for r in records}
 
 
 def predicted_layer(dtype: str, tokens: float, *names: str, model: str = "qwen3-30b-a3b") -> float:

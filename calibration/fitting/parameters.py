@@ -107,7 +107,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.elementwise.block_joules_per_byte",), prior=0.5),
     Parameter(paths=("kernels.elementwise.reduction_seconds",), prior=0.5),
     # 0.38 to 0.41 ns in copies and products of Transformers' prompts (calibration/data/start)
-    Parameter(paths=("kernels.elementwise.tile_seconds",), prior=0.1),
+    Parameter(paths=("kernels.elementwise.tile_seconds",), prior=0.03),
     Parameter(paths=("kernels.elementwise.hbm_latency_seconds",), prior=0.5),
     Parameter(paths=("kernels.gemm.hbm_latency_seconds",), prior=0.5),
     Parameter(paths=("kernels.sampling.call_seconds",), prior=1.0),
