@@ -112,7 +112,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.gemm.hbm_latency_seconds",), prior=0.5),
     Parameter(paths=("kernels.sampling.call_seconds",), prior=1.0),
     # energy
-    Parameter(paths=("base_watts",), prior=0.05),
+    # measured alone, on a cool board; windows warm it, by 0.9 W a kelvin where it idles, and would
+    # have runs that wait pay for that
+    Parameter(paths=("base_watts",), prior=0.02),
     Parameter(paths=("joules_per_flop.bf16", "joules_per_flop.fp16"), prior=WIDE),
     Parameter(paths=("joules_per_flop.fp8", "joules_per_flop.int8"), prior=1.0),
     Parameter(paths=("joules_per_hbm_byte",), prior=WIDE),
