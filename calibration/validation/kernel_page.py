@@ -212,7 +212,8 @@ def _held_out(errors: Mapping[str, HeldOut], by_rows: Mapping[str, HeldOut]) -> 
     yield (
         "## Held-out error\n\n"
         "Each window is predicted by a fit to windows of other shape families of its GPU "
-        "(a family is one weight matrix, head shape, mixture or elementwise kernel, all boards). "
+        "(a family is one weight matrix, head shape, mixture or elementwise kernel at one width, "
+        "all boards). "
         "A fit leaves out an eighth of a class's families, and never two of a class that has eight "
         "or fewer. "
         "The fit starts from the calibration to public tables, which has seen none of these. "
@@ -246,7 +247,8 @@ def _held_out(errors: Mapping[str, HeldOut], by_rows: Mapping[str, HeldOut]) -> 
     yield markdown_table([*head, "aim"], rows)
     yield (
         "A family of the memory-bound class is a kernel (norm, norm with residual, SiLU and "
-        "product, residual): left out whole, its own times for few rows are unknown to the fit. "
+        "product, residual) at one width. The H100 has one width, so that a kernel is left out "
+        "whole there, and its own times for few rows are unknown to the fit; the H200 has three. "
         '"By rows" therefore leaves out all windows of the class with 8, 64, 1,024 or 8,192 rows '
         "in turn instead. Both stand in the table; the issue's aim is that by family."
     )
@@ -258,17 +260,22 @@ def _held_out(errors: Mapping[str, HeldOut], by_rows: Mapping[str, HeldOut]) -> 
 
 _CAUSES = """What stands behind misses, as far as the windows tell:
 
-- **Memory-bound**: 8 rows take 1.2 us (adding a residual, spread over many thread blocks) to 3.1 us
-  (SiLU and product). One block passes a row of norms and activations alone, at 50 to 65 GB/s, and
-  the first bytes from device memory come 0.5 us later than those from the L2. What is left is a
-  norm's reduction, and how a row's time overlaps the memory's. Copies, cache writes, rotary
-  embedding, gathers and random sampling are no rows of the class: bytes do not bind them.
+- **Memory-bound**: 8 rows take 1.2 us (adding a residual, spread over many thread blocks) to 6 us
+  (SiLU and product, 25,600 wide). One block passes a row of norms and activations alone; the first
+  bytes from device memory come 0.5 us later than those from the L2; a norm's sum takes 0.6 us. What
+  is left on the H100 are kernels of 1 to 5 us of which it was shown one width: the residual at 8
+  rows, SiLU at 8. A norm without residual reads its rows twice: 10 % short for 8,192. Copies, cache
+  writes, rotary embedding, gathers and random sampling are no rows of the class: bytes do not bind
+  them.
+- **Attention** on the H200: decode of one sequence, and of narrow heads (64) with short contexts, 7
+  to 12 us kernels; windows follow each other on a warm board, whose base draws up to 10 W more.
 - **MoE**: three families on the H100, five on the H200. An up-projection larger than the L2
   (Mixtral's) is read again for each block of rows unless the launch is tuned; which launch a GPU
-  gets depends on files of vLLM. Tuned launches with tiles of 256 columns multiply about 1.3 times
-  as fast, which the model does not know (H200, Mixtral and Qwen3).
-- **GEMM**: weights that stay in the L2 (`.l2`) at one row: 5 us kernels, whose bytes cost less than
-  those from device memory do on the chip. Products with few tiles: which split the library takes.
+  gets depends on files of vLLM. Tuned launches with tiles of 256 columns multiply 1.08 times as
+  fast on the whole, Mixtral's more (H200).
+- **GEMM**: int8 (two windows a GPU, other kernels than fp8's, by which they are predicted); weights
+  that stay in the L2 (`.l2`) at up to 128 rows: 5 us whatever their bytes. Products with few tiles:
+  which split the library takes.
 - **Boards**: two H200s differ by 6 to 7 % in the power of the same decode step; a level of each
   board's joules, which the fit finds in its other windows, is part of what is predicted here, not
   of what ships."""
