@@ -15,7 +15,8 @@ from energymodel.calibrations import IntervalCalibration
 from energymodel.deployment import Deployment
 from energymodel.grids import GridIntensity
 from energymodel.models import active_weight_count
-from energymodel.operators import compute_dtype, request_flops
+from energymodel.operator_parts import compute_dtype
+from energymodel.operators import request_flops
 from energymodel.prices import ElectricityPrice
 from energymodel.results import BinEnergy, OperatorWork, Percentiles, Prediction, Speculation
 from energymodel.traces import Requests

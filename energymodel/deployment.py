@@ -10,7 +10,8 @@ from energymodel.errors import CapacityError, ConfigurationError, ProfileError, 
 from energymodel.expert_tiles import with_tuned_tiles
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
-from energymodel.operators import WEIGHTS_ONLY, compute_dtype, operator_table
+from energymodel.operator_parts import WEIGHTS_ONLY, compute_dtype
+from energymodel.operators import operator_table
 from energymodel.specs import (
     DEFAULT_DTYPE,
     DEFAULT_GPU_MEMORY_UTILIZATION,

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.calibrations import StackCalibration
-from energymodel.operators import WEIGHTS_ONLY, has_gemma_norms
+from energymodel.operator_parts import WEIGHTS_ONLY
+from energymodel.operators import has_gemma_norms
 from energymodel.specs import ModelSpec, MoeSpec, ServingConfig
 
 Array = NDArray[np.float64]

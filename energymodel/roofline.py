@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 
 from energymodel.calibrations import Calibration, KernelCalibration
 from energymodel.errors import ConfigurationError, unknown_name
-from energymodel.operators import EIGHT_BIT, STATS, OperatorTable
+from energymodel.operator_parts import EIGHT_BIT
+from energymodel.operators import STATS, OperatorTable
 from energymodel.specs import GpuSpec
 from energymodel.tiles import TILE
 

@@ -22,13 +22,8 @@ from energymodel.experts import (
 )
 from energymodel.gpus import load_gpu
 from energymodel.models import load_model
-from energymodel.operators import (
-    QUANTISE_BYTES,
-    STATS,
-    moe_spec,
-    operator_table,
-    step_stats,
-)
+from energymodel.operator_parts import QUANTISE_BYTES
+from energymodel.operators import STATS, moe_spec, operator_table, step_stats
 from energymodel.specs import MoeSpec, ServingConfig
 from energymodel.tiles import decode_head_width, decode_query_rows
 from tests.shapes import llama_8b, tiny

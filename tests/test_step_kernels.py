@@ -290,6 +290,42 @@ def predicted_layer(dtype: str, tokens: float, *names: str, model: str = "qwen3-
     return sum(float(seconds[table.names.index(n)]) for n in names) / layers
 
 
+@pytest.mark.parametrize(
+    ("step", "batch"),
+    [
+        *(("decode_step", 1), ("decode_step", 8), ("decode_step", 32), ("decode_step", 128)),
+        *(("first_step", 32), ("first_step", 128)),
+    ],
+)
+def test_rotation_and_cache_take_what_their_kernels_took(step: str, batch: int) -> None:
+    """With what adds up decode attention; of Llama-3.1-8B, prompts of 128 tokens all at once."""
+    kernels = next(
+        found[step]
+        for path in SERVED
+        for r in read_jsonl(path)
+        if r["kind"] == "kernels" and r["stack"] == "vllm" and r["model"] == "llama-3.1-8b"
+        if r["case"]["input_tokens"] == 128
+        for found in r["kernels"]
+        if found["batch"] == batch
+    )
+    own = ["reshape_and_cache", "triton_poi_fused_3 ", "triton_poi_fused_4 "]
+    names = ["rotary_and_kv_write"]
+    if step == "decode_step":
+        own.append("FlashAttnFwdCombine")
+        names.append("attention_combine")
+    each = [k for k in kernels if any(word in k["name"] for word in own)]
+    deployed = deploy(gpu="h200", model="llama-3.1-8b")
+    gap = deployed.calibration.kernel_gap_seconds
+    taken = sum(k["seconds"] + k["calls"] * gap for k in each)
+    table = operator_table(deployed.model, deployed.serving)
+    tokens = float(batch if step == "decode_step" else 128 * batch)
+    stats = step_stats(deployed.model, tokens=tokens, rows=float(batch))
+    costs = operator_costs(table, stats, deployed.gpu, deployed.calibration)
+    seconds = (costs.memory_seconds + costs.compute_seconds)[0]
+    predicted = sum(float(seconds[table.names.index(name)]) for name in names)
+    assert predicted == pytest.approx(taken, rel=0.1)
+
+
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-4b", "olmo-1b"])
 def test_prompts_of_transformers_take_what_their_kernels_took(model: str) -> None:
     """Norms, rotation and activation op by op; layer norms in the last of the models."""

@@ -13,7 +13,8 @@ from calibration.fitting.fit_kernels import KernelRows
 from calibration.metering.windows import read_jsonl
 from energymodel.errors import EnergyModelError
 from energymodel.experts import saving_of_columns
-from energymodel.operators import NORM_PASSES, compute_dtype
+from energymodel.operator_parts import compute_dtype
+from energymodel.operators import NORM_PASSES
 from energymodel.specs import GpuSpec
 from energymodel.tiles import (
     KEY_BLOCK,
@@ -45,7 +46,7 @@ _CLASS_OF = {
 """Operator class of the model by the suite's class; windows of other classes are no kernels."""
 _OTHER_KERNELS = (
     *("kv_write", "rotary", "embedding", "sample_random", "sample_sorted"),
-    "fp8_quant",  # passes its rows twice: `operators.QUANTISE_BYTES`
+    "fp8_quant",  # passes its rows twice: `operator_parts.QUANTISE_BYTES`
 )
 """Launchers that are no rows of their class: writes scattered over the cache, gathers and drawing
 random tokens are bound by other things than their bytes (two of them reach 0.8 TB/s where norms

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from energymodel.errors import ConfigurationError, unknown_name
-from energymodel.operators import compute_dtype
+from energymodel.operator_parts import compute_dtype
 from energymodel.units import BYTES_PER_ELEMENT
 
 SUITES = ("quick", "full")
