@@ -19,10 +19,11 @@ import pytest
 from fake_nvml import FakeNvml, NVMLError_GpuIsLost
 
 from calibration.kernels import collect
+from calibration.kernels.cases import Case
 from calibration.kernels.collect import ContextLostError, Outcome, run_suite
 from calibration.kernels.pump import Launchable, Work
 from calibration.kernels.rig import Rig
-from calibration.kernels.suite import Case, build_suite
+from calibration.kernels.suite import build_suite
 from calibration.kernels.summary import write_summary
 from calibration.metering import recording
 from calibration.metering.meter import MeterError, NvmlMeter, ReplayMeter

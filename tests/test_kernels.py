@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.kernels.suite import Case, build_suite, estimated_seconds, ordered
+from calibration.kernels.cases import Case
+from calibration.kernels.suite import build_suite, estimated_seconds, ordered
 from energymodel.errors import ConfigurationError
 
 FULL = build_suite("full", gpus=2)

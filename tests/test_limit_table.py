@@ -114,12 +114,12 @@ def test_the_start_of_the_energy_exponent_is_what_bursts_say() -> None:
 
 
 def test_the_sampler_notes_power_clock_and_counter() -> None:
-    from calibration.kernels.bursts import Sampler  # noqa: PLC0415
+    from calibration.kernels.bursts import sampler  # noqa: PLC0415
     from calibration.metering.nvml import NvmlGpus  # noqa: PLC0415
 
-    with Sampler(NvmlGpus((0,), FakeNvml(watts=(500.0,)))) as sampler:
+    with sampler(NvmlGpus((0,), FakeNvml(watts=(500.0,)))) as polled:
         time.sleep(0.1)
-    times, watts, clocks, joules = zip(*sampler.rows, strict=True)
+    times, watts, clocks, joules = zip(*polled.rows, strict=True)
     assert len(times) >= 3
     assert list(times) == sorted(times)
     assert set(watts) == {500.0}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.metering.nvml import NvmlGpus
+from calibration.metering.poller import Poller
 from calibration.metering.recording import append_record
 
 _SIZE = 8192
@@ -109,38 +109,16 @@ def run_pattern(pattern: Pattern, calls: dict[str, Callable[[], Any]]) -> dict[s
     }
 
 
-class Sampler:
-    """Polls power, clock and the energy counter of a GPU in a thread of its own."""
+def sampler(gpus: NvmlGpus) -> Poller:
+    """Polls power [W], SM clock [MHz] and the energy counter [J] of a GPU."""
+    (handle,) = gpus.handles
 
-    def __init__(self, gpus: NvmlGpus) -> None:
-        self._gpus, self._stop = gpus, threading.Event()
-        self.rows: list[tuple[float, float | None, float | None, float]] = []
-        """Monotonic time [s], power [W], SM clock [MHz] and energy [J]."""
+    def read() -> tuple[float | None, ...]:
+        clock_hz = gpus.sm_clock_hz(handle)
+        clock_mhz = None if clock_hz is None else clock_hz / 1e6
+        return gpus.watts(handle), clock_mhz, gpus.counter_joules(handle)
 
-    def _poll(self) -> None:
-        (handle,) = self._gpus.handles
-        while not self._stop.is_set():
-            clock_hz = self._gpus.sm_clock_hz(handle)
-            self.rows.append(
-                (
-                    round(time.monotonic(), 5),
-                    self._gpus.watts(handle),
-                    None if clock_hz is None else clock_hz / 1e6,
-                    self._gpus.counter_joules(handle),
-                )
-            )
-            time.sleep(_SAMPLE_SECONDS)
-
-    def __enter__(self) -> Sampler:
-        """Start polling."""
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop polling."""
-        self._stop.set()
-        self._thread.join()
+    return Poller(read, _SAMPLE_SECONDS)
 
 
 def kernels() -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
@@ -185,9 +163,9 @@ def measure(out: Path, gpu: int) -> None:
     gpus = NvmlGpus((gpu,))
     append_record(out, {"kind": "header", "identity": gpus.identity(), "work": work})
     for pattern in patterns():
-        with Sampler(gpus) as sampler:
+        with sampler(gpus) as polled:
             record = run_pattern(pattern, calls)
-        append_record(out, {"kind": "burst", **record, "samples": sampler.rows})
+        append_record(out, {"kind": "burst", **record, "samples": polled.rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.kernels.cases import Case
 from calibration.kernels.pump import Launchable, Pump, Timing, Work
 from calibration.kernels.rig import Rig, cuda_rig
-from calibration.kernels.suite import Case, build_suite, estimated_seconds, ordered
+from calibration.kernels.suite import build_suite, estimated_seconds, ordered
 from calibration.metering.preflight import free_gpus, require
 from calibration.metering.recording import WindowFile
 from calibration.metering.windows import Meter, MeterError, Window, window_to_json

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from calibration.kernels.cases import Case
 from calibration.kernels.pump import Work
-from calibration.kernels.suite import Case
 from energymodel.errors import EnergyModelError
 
 _CACHE_MULTIPLE = 8

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from calibration.kernels.cases import Case
 from calibration.kernels.launchers import (
     BLOCK_TOKENS,
     Bed,
@@ -24,7 +25,6 @@ from calibration.kernels.launchers import (
     sizes,
 )
 from calibration.kernels.pump import Work
-from calibration.kernels.suite import Case
 
 _EPSILON = 1e-5
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from calibration.kernels.cases import Case
 from calibration.kernels.launchers import Bed, UnavailableError, normal, sets, silu_mul
 from calibration.kernels.pump import Work
-from calibration.kernels.suite import Case
 
 _WEIGHT_SCALE = 0.02
 _ROUTINGS = 8

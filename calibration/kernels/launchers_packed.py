@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibration.kernels.cases import Case
 from calibration.kernels.launchers import Bed, UnavailableError, normal, sets, sizes
 from calibration.kernels.launchers_model import routing_counts, routings
 from calibration.kernels.pump import Work
-from calibration.kernels.suite import Case
 from energymodel.experts import packed_tile_rows
 from energymodel.units import BYTES_PER_ELEMENT
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.kernels.cases import Case, preheat_case
 from calibration.kernels.pump import Launchable, Pump, Work, eager, graphed, new_event, synchronize
-from calibration.kernels.suite import Case, preheat_case
 
 _SPIN_SECONDS = 2e-4
 
