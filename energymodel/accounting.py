@@ -42,6 +42,8 @@ class Served:
     idle_joules: float
     wait_joules: float
     """Base power while the GPU waits for the host, or is slowed below its kernels' pace."""
+    slow_host_joules: float
+    """What a slow host would add (`step_costs.SLOW_HOST_RATIO`)."""
     wall_seconds: float
     busy_seconds: float
     """With requests in flight, summed over the replicas."""
@@ -127,6 +129,7 @@ def add_up(
         decode_joules=decode * group,
         idle_joules=max(idle_seconds, 0.0) * _idle_watts(deployment) * group,
         wait_joules=wait * group,
+        slow_host_joules=base_watts * total("slow_host_seconds") * group,
         wall_seconds=wall_seconds,
         busy_seconds=total("gpu_seconds") + total("wait_seconds"),
         steps=round(total("steps")),

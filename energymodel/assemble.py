@@ -47,7 +47,7 @@ def assemble(
     energy = active + served.idle_joules
     calibration = deployment.calibration
     interval = calibration.intervals[deployment.serving.stack].with_host(
-        served.wait_joules / energy
+        served.slow_host_joules / energy
     )
     inputs, outputs = requests.input_tokens, requests.output_tokens
     flops, output_flops = request_flops(

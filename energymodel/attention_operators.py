@@ -11,10 +11,10 @@ from dataclasses import replace
 from energymodel.operator_parts import EIGHT_BIT, Operator, elementwise, gemm, quantise
 from energymodel.specs import AttentionSpec, LayerGroup, ModelSpec, ServingConfig
 from energymodel.tiles import (
-    KEY_BLOCK,
     SOFTMAX_WIDTH,
     TILE,
     decode_head_width,
+    decode_key_block,
     decode_query_rows,
 )
 from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT
@@ -61,12 +61,13 @@ def attention(group: LayerGroup, hidden: int, serving: ServingConfig) -> Iterato
         yield gemm("qkv_proj", qkv, hidden, count, dtype)
         kv_elements = kv_heads * (spec.head_dim + spec.value_head_dim)
         decode_flops = 2.0 * heads * (spec.head_dim + spec.value_head_dim)
-        rows = float(decode_query_rows(heads / kv_heads * serving.decode_queries))
         width = (spec.head_dim + spec.value_head_dim) / 2.0
+        rows = float(decode_query_rows(heads / kv_heads * serving.decode_queries))
+        key_block = float(decode_key_block(width))
         if serving.stack.startswith("vllm"):  # whose kernel it is
             width = float(decode_head_width(width))
         executed = 4.0 * kv_heads * rows * width
-        last_block = executed * KEY_BLOCK / 2.0  # half of it is empty on average
+        last_block = executed * key_block / 2.0  # half of it is empty on average
     query = heads * spec.head_dim
     output = heads * spec.value_head_dim
     passed = (query + output + kv_elements) * ACTIVATION_BYTES

@@ -121,12 +121,12 @@ class IntervalCalibration:
     basis: str
     """Where the two numbers come from."""
     host_spread: float = 0.0
-    """How far the host's time may be off [-]: this times the share of the energy that is drawn
-    while waiting for the host widens the interval, in quadrature."""
+    """How far the host's time may be off [-]: this times what a slow host would add, as a share
+    of the energy, widens the interval, in quadrature."""
 
-    def with_host(self, waiting_share: float) -> IntervalCalibration:
-        """The interval of a workload with that share of its energy drawn waiting for the host."""
-        extra = self.host_spread * waiting_share
+    def with_host(self, slow_host_share: float) -> IntervalCalibration:
+        """The interval of a workload to whose energy a slow host would add that share."""
+        extra = self.host_spread * slow_host_share
         if extra <= 0.0:
             return self
         high = 1.0 + math.hypot(self.high - 1.0, extra)
@@ -159,7 +159,8 @@ class Calibration:
     """a in: core energy at clock share x is x**a of that at the highest clock [-]."""
     kernels: Mapping[str, KernelCalibration]
     """By operator class: gemm, moe, attention_prefill, attention_decode, elementwise, sampling,
-    communication; gemm_scaled (8-bit), gemm_packed and moe_packed (4-bit weights), for which gemm
+    communication; gemm_int8 (torch's), gemm_scaled (8-bit), gemm_packed and moe_packed (4-bit
+    weights), for which gemm
     and moe stand in where they lack."""
     stacks: Mapping[str, StackCalibration]
     intervals: Mapping[str, IntervalCalibration]

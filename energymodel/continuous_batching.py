@@ -115,7 +115,7 @@ class Replica(NamedTuple):
 
 def new_replica(costs: CostTables) -> Replica:
     """An idle replica at time 0."""
-    max_batch, _, blocks, block, _ = costs.config
+    max_batch, _, blocks, block, *_ = costs.config
     counts = np.zeros(13, np.int64)
     counts[_PARTIAL] = -1
     counts[_FREE_BLOCKS] = blocks
@@ -186,7 +186,7 @@ def advance(  # type: ignore[no-untyped-def]
     Requests admitted, requests done, and one of SERVED, STUCK, ABANDONED.
     """
     arrival, inputs, _, cached = requests
-    max_batch, budget_tokens, _, block, window = config
+    max_batch, budget_tokens, _, block, window, tile = config
     totals, counts, clocks = replica.totals, replica.counts, replica.clocks
     ints, floats = replica.slot_ints, replica.slot_floats
     ending, windowed, residues = replica.ending, replica.windowed, replica.residues
@@ -340,7 +340,7 @@ def advance(  # type: ignore[no-untyped-def]
             else:
                 prefills += 1
                 whole, windowed_pairs = pairs(
-                    float(computed), float(ints[slot, CHUNK]), float(window)
+                    float(computed), float(ints[slot, CHUNK]), float(window), tile
                 )
                 full += whole
                 cut += windowed_pairs
@@ -420,7 +420,7 @@ def advance(  # type: ignore[no-untyped-def]
             if chunk == 1 and computed > 0:
                 floats[slot, JOULES] += each + per_context * (computed + 1)
             else:
-                whole, _ = pairs(float(computed), float(chunk), float(window))
+                whole, _ = pairs(float(computed), float(chunk), float(window), tile)
                 floats[slot, JOULES] += first[PREFILL] / (tokens - decodes) * chunk
                 floats[slot, JOULES] += first[PREFILL_ATTENTION] / max(full, 1.0) * whole
             computed += chunk

@@ -25,6 +25,7 @@ from energymodel.operators import (
     kv_bytes_per_token,
     moe_spec,
     operator_table,
+    query_tile_tokens,
     step_stats,
     weight_bytes,
     window_tokens,
@@ -63,8 +64,9 @@ class CostTables:
     """(11,) host and gap seconds, see `host_seconds`."""
     limits: Array
     """(4,) base W (`of_group`), power limit W, clock-energy exponent, pipeline stages."""
-    config: tuple[int, int, int, int, int]
-    """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none)."""
+    config: tuple[int, int, int, int, int, float]
+    """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none), tokens whose
+    queries fill a tile of attention."""
     beams: int = 1
     draft_tokens: int = 0
     tokens_per_round: float = 1.0
@@ -124,6 +126,7 @@ def cost_tables(
             kv_blocks(model, serving, gpu),
             serving.block_tokens,
             window_tokens(model),
+            query_tile_tokens(model, serving),
         ),
         beams=serving.beams,
         draft_tokens=0 if draft is None else draft.tokens,

@@ -62,7 +62,7 @@ class Deployment:
     @property
     def kv_tokens(self) -> int:
         """Tokens of KV cache that fit beside the weights."""
-        _, _, blocks, block_tokens, _ = self.costs.config
+        _, _, blocks, block_tokens, *_ = self.costs.config
         return blocks * block_tokens
 
     @property

@@ -107,6 +107,7 @@ def serve_disaggregated(
         decode_joules=first.decode_joules + second.prefill_joules + second.decode_joules,
         idle_joules=idle,
         wait_joules=first.wait_joules + second.wait_joules,
+        slow_host_joules=first.slow_host_joules + second.slow_host_joules,
         wall_seconds=wall,
         busy_seconds=first.busy_seconds + second.busy_seconds,
         steps=first.steps + second.steps,

@@ -17,6 +17,10 @@ _LAYER_NORM_KERNELS = 3.0
 _OP_BY_OP_NORM_KERNELS = 5.0
 """What a norm of Gemma takes the host where nothing is compiled: its weight is 1 + w, which is no
 kernel of vLLM's. A layer of Gemma-2-9B then takes 0.83 ms where Llama's take 0.41 (one host)."""
+_HEAD_NORM_COPIES = 1.0
+"""Copies before a norm of queries or keys in eager vLLM (`attention_operators._after_copies`). With
+them a layer of Qwen3 launches 20 kernels where Llama's launch 16; eager steps of one sequence take
+1.14 to 1.45 times as long a layer on six hosts."""
 _EXPERT_KERNELS = 13.0
 """What fused experts take the host beyond a dense MLP's kernels, in launches: vLLM looks up tiles,
 aligns rows to them and launches Triton's kernels from Python. First steps of 1,024 tokens, outside
@@ -68,8 +72,9 @@ def _kernels(model: ModelSpec, stack: StackCalibration, name: str) -> float:
         is_gemma = has_gemma_norms(model, group)
         own = max(each, _OP_BY_OP_NORM_KERNELS) if is_gemma and name == "vllm-eager" else each
         of_heads = 2 if group.attention.qk_norm_elements else 0
+        of_head = rms + (_HEAD_NORM_COPIES if name == "vllm-eager" else 0.0)
         kernels = stack.kernels_per_layer - 2.0 * rms
-        kernels += (2 * usual if is_gemma else usual) * own + of_heads * rms
+        kernels += (2 * usual if is_gemma else usual) * own + of_heads * of_head
         if fused_experts and isinstance(group.feed_forward, MoeSpec):
             kernels += _EXPERT_KERNELS
         count += group.count * kernels

@@ -45,7 +45,7 @@ from energymodel.specs import (
     MoeSpec,
     ServingConfig,
 )
-from energymodel.tiles import TILE
+from energymodel.tiles import TILE, prompt_tile_tokens
 from energymodel.unfused import UNFUSED
 from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT
 
@@ -343,6 +343,16 @@ def window_tokens(model: ModelSpec) -> int:
     """The model's sliding window [tokens]; 0 where every layer sees the whole context."""
     windows = {g.attention.window_tokens for g in model.layers if g.attention.window_tokens}
     return max(windows, default=0)
+
+
+def query_tile_tokens(model: ModelSpec, serving: ServingConfig) -> float:
+    """Tokens of a prompt whose queries fill a tile of attention, in the first layer."""
+    spec = model.layers[0].attention
+    if spec.kind == "mla" or not serving.stack.startswith("vllm"):
+        return float(TILE)
+    kv_heads = max(1.0, spec.num_kv_heads / serving.tensor_parallel)
+    group = spec.num_heads / serving.tensor_parallel / kv_heads
+    return float(prompt_tile_tokens(group, spec.head_dim))
 
 
 def kv_bytes_per_token(model: ModelSpec, serving: ServingConfig) -> float:

@@ -91,7 +91,7 @@ def serve_in_batches(requests: Requests, deployment: Deployment) -> Served:
     first, finish, joules = np.zeros((3, n))
     runs: list[Simulation] = []
     counts: list[float] = []
-    max_batch, _, blocks, block, _ = deployment.costs.config
+    max_batch, _, blocks, block, *_ = deployment.costs.config
     cells, member = np.unique(
         np.stack([requests.input_tokens, requests.output_tokens], axis=1),
         axis=0,

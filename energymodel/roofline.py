@@ -101,17 +101,18 @@ def wave_fill(rows: Array, columns: Array, sm_count: int) -> Array:
 
 def splits(
     *, gemm_rows: Array, gemm_columns: Array, gemm_k: Array, tiles: Array, calls: Array,
-    is_decode_attention: NDArray[np.bool_], sm_count: int,
+    is_split_attention: NDArray[np.bool_], sm_count: int,
 ) -> Array:  # fmt: skip
     """Second kernels that add up parts of split sums, of all `calls` together [-].
 
     A GEMM's are the more likely, and the longer, the fewer SMs its tiles fill and the longer its
-    sums are. Decode attention has one wherever its sequences fill too few SMs. Arguments broadcast.
+    sums are. Decode attention over several blocks of keys has one wherever its sequences fill too
+    few SMs. Arguments broadcast.
     """
     of_gemm = np.ceil(gemm_rows / TILE) * np.ceil(gemm_columns / TILE) / sm_count
     gemm = np.maximum(1.0 - of_gemm, 0.0) * gemm_k / _LONG_SUM
     few = (tiles > 0) & (tiles < _SPLIT_BELOW * sm_count * calls)
-    result: Array = calls * np.where(is_decode_attention, few, gemm * (gemm_rows > 0))
+    result: Array = calls * np.where(is_split_attention, few, gemm * (gemm_rows > 0))
     return result
 
 
@@ -168,7 +169,8 @@ def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str,
             gemm_k=table.gemm_k,
             tiles=tiles,
             calls=table.calls,
-            is_decode_attention=np.array([c == "attention_decode" for c in table.op_class]),
+            # contexts of one block are too short to matter
+            is_split_attention=np.array([c == "attention_decode" for c in table.op_class]),
             sm_count=gpu.sm_count,
         ),
         "block_bytes": table.block_bytes,
@@ -350,7 +352,10 @@ def step_seconds_and_joules(
     return seconds, dynamic + base * seconds
 
 
-_PLAIN = {"gemm_scaled": "gemm", "gemm_packed": "gemm", "moe_packed": "moe"}
+_PLAIN = {
+    **dict.fromkeys(("gemm_int8", "gemm_scaled", "gemm_packed"), "gemm"),
+    "moe_packed": "moe",
+}
 """Class of 16-bit products that stands in where a calibration lacks that of quantised ones."""
 
 

@@ -70,11 +70,12 @@ from energymodel.step_costs import (
     count_passes,
     pairs,
     pass_parts,
+    slowed,
     under_limit,
 )
 
 # fields of a round's cost beyond those of a step: rows of the draft model's tables
-_FIRST_TOKENS, _FIRST_ROWS, _NEXT_TOKENS, _NEXT_ROWS = 12, 13, 14, 15
+_FIRST_TOKENS, _FIRST_ROWS, _NEXT_TOKENS, _NEXT_ROWS = 13, 14, 15, 16
 
 # columns of the slots' whole numbers behind those of `requests_in_flight`
 (
@@ -166,6 +167,7 @@ def round_cost(  # type: ignore[no-untyped-def]
         t_row,
         r_row,
         host_seconds > gpu,
+        slowed(gpu, host_seconds, gap),
         ft_row,
         fr_row,
         nt_row,
@@ -185,7 +187,7 @@ def _cut(tokens, window):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _statistics(running, count, ints, ahead, per_round, draft_tokens, window, draft_window):  # type: ignore[no-untyped-def]
+def _statistics(running, count, ints, ahead, per_round, draft_tokens, window, draft_window, tile):  # type: ignore[no-untyped-def]
     """Attention statistics of the round `ahead` rounds from now: (check, first, further)."""
     queries = draft_tokens + 1
     others = draft_tokens - 1
@@ -204,10 +206,10 @@ def _statistics(running, count, ints, ahead, per_round, draft_tokens, window, dr
             held += per_round
         else:
             start = float(ints[slot, COMPUTED])
-            whole, windowed = pairs(start, float(chunk), float(window))
+            whole, windowed = pairs(start, float(chunk), float(window), tile)
             full += whole
             cut += windowed
-            draft_cut += pairs(start, float(chunk), float(draft_window))[1]
+            draft_cut += pairs(start, float(chunk), float(draft_window), tile)[1]
             held = start + chunk
         for j in range(2, draft_tokens + 1):
             next_keys += held + j
@@ -270,7 +272,7 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
     done : as of `continuous_batching.advance`; totals : changed in place
     """
     arrival, inputs, _, cached = requests
-    max_batch, step_tokens, free, block, window = config
+    max_batch, step_tokens, free, block, window, tile = config
     draft_tokens, per_round, draft_window = drafting
     queries = draft_tokens + 1
     reserve = queries + draft_tokens
@@ -373,7 +375,7 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
                 prompts += 1
                 prompt_tokens += ints[slot, CHUNK]
         work = (decoding, prompts, prompt_tokens)
-        shape = (per_round, draft_tokens, window, draft_window)
+        shape = (per_round, draft_tokens, window, draft_window, tile)
         check, first_att, further = _statistics(running, count, ints, 0, *shape)
         first = round_cost(
             work, check, first_att, further, starting, tables, host, limits, draft_tokens
@@ -454,7 +456,7 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
                 ints[slot, _BLOCKS] = wanted
                 ended = ints[slot, _LEFT] == 0
             else:
-                whole, _ = pairs(float(ints[slot, COMPUTED]), float(chunk), float(window))
+                whole, _ = pairs(float(ints[slot, COMPUTED]), float(chunk), float(window), tile)
                 floats[slot, JOULES] += first[PREFILL] / prompt_tokens * chunk
                 floats[slot, JOULES] += first[PREFILL_ATTENTION] / max(check[2], 1.0) * whole
                 ints[slot, COMPUTED] += chunk

@@ -37,7 +37,7 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
     prompt_tables, prompt_sums : costs and counts of the steps that compute prompts; `tables` and
     `sums` of those that decode
     """
-    max_batch, window = config[0], config[4]
+    max_batch, window, tile = config[0], config[4], config[5]
     kv_tokens = config[2] * config[3]
     cache = 0
     n = arrival.shape[0]
@@ -63,7 +63,7 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
         batch = (stop - start) * beams
         cache = max(cache, longest_input + longest_output - 1)
         before = totals[PRE_J] + totals[DEC_J]
-        full, cut = pairs(0.0, float(longest_input), float(window))
+        full, cut = pairs(0.0, float(longest_input), float(window), tile)
         att = (0.0, 0.0, full * batch, cut * batch)
         first = step_cost(
             batch * longest_input, batch, att, batch, 0, True, prompt_tables, host, limits

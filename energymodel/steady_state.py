@@ -217,7 +217,7 @@ def _steps(  # type: ignore[no-untyped-def]
 
     Returns (batch + 1,), (batch + 1,), (batch + 1, lengths), (batch + 1, lengths).
     """
-    budget, window = config[1], config[4]
+    budget, window, tile = config[1], config[4], config[5]
     step_s, step_j = np.zeros(batch + 1), np.zeros(batch + 1)
     prompt_s = np.zeros((batch + 1, lengths.shape[0]))
     prompt_j = np.zeros((batch + 1, lengths.shape[0]))
@@ -237,7 +237,7 @@ def _steps(  # type: ignore[no-untyped-def]
             alone = n == 0  # nothing overlaps the first piece
             while start < length:
                 chunk = min(length - start, max(1, budget - n))
-                full, cut = pairs(float(start), float(chunk), float(window))
+                full, cut = pairs(float(start), float(chunk), float(window), tile)
                 att = (n * context, n * near, full, cut)
                 cost = step_cost(n + chunk, n + 1, att, 1, n, alone, tables, host, limits)
                 prompt_s[n, i] += cost[SECONDS] - step_s[n]

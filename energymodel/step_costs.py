@@ -24,15 +24,21 @@ TOTALS = (
     "decode_joules",
     "throttled_seconds",
     "stretch_seconds",
+    "slow_host_seconds",
 )
-NOW, IDLE, GPU, WAIT, STEPS, PREEMPT, PRE_J, DEC_J, THROTTLED, STRETCH = range(len(TOTALS))
+NOW, IDLE, GPU, WAIT, STEPS, PREEMPT, PRE_J, DEC_J, THROTTLED, STRETCH, SLOW = range(len(TOTALS))
 
 # fields of the tuple that `step_cost` returns
 SECONDS, GPU_SECONDS, CLOCK, CORE, DECODE, DECODE_ATTENTION = 0, 1, 2, 3, 4, 5
 PREFILL, PREFILL_ATTENTION, STRETCHED, TOKEN_ROW, ROW_ROW, HOST_BOUND = 6, 7, 8, 9, 10, 11
+SLOW_HOST = 12
+
+SLOW_HOST_RATIO = 1.5
+"""Of a slow host's times to the calibration's. A host whose cores other machines share is met at
+1.2 to 1.5 times the mean of its two speeds (docs/residuals.md)."""
 
 LONGEST_THROTTLED_JUMP = 32  # steps; under the power limit costs are only nearly linear
-_TILE = 128  # query rows of an attention tile (FlashAttention 3, head_dim 64 to 128)
+_KEY_BLOCK = 128  # keys that attention takes at a time for the queries of a prompt
 _LOWEST_CLOCK = 0.2  # share of the highest clock, as in `roofline.clock_under_cap`
 
 
@@ -148,7 +154,8 @@ def step_cost(  # type: ignore[no-untyped-def]
 
     Returns a tuple, see the names above: total s, GPU s, clock share, core-energy factor,
     decode J (attention left out), decode attention J, prefill J (attention left out), prefill
-    attention J, stretched s, table row, row-table row, whether the host is slower than the GPU.
+    attention J, stretched s, table row, row-table row, whether the host is slower than the GPU,
+    what a slow host would add (`slowed`).
     """
     base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
     t, r, d, p, index, row_index, in_graph = pass_parts(
@@ -190,19 +197,38 @@ def step_cost(  # type: ignore[no-untyped-def]
         index,
         row_index,
         host_seconds > gpu,
+        slowed(gpu, host_seconds, gap),
     )
 
 
 @compiled
-def pairs(start, count, window):  # type: ignore[no-untyped-def]
-    """Query-key pairs of a prompt chunk: (whole context, under the window), tiles filled."""
-    padded = np.ceil(count / _TILE) * _TILE
-    full = padded * start + padded * (padded + _TILE) / 2.0
+def slowed(gpu, host, gap):  # type: ignore[no-untyped-def]
+    """Seconds that a step takes longer where the host takes `SLOW_HOST_RATIO` as long."""
+    later = max(gpu, SLOW_HOST_RATIO * host) - max(gpu, host)
+    return later + (SLOW_HOST_RATIO - 1.0) * gap
+
+
+@compiled
+def pairs(start, count, window, tile):  # type: ignore[no-untyped-def]
+    """Query-key pairs of a prompt chunk: (whole context, under the window), tiles filled.
+
+    tile : tokens whose queries fill one (`tiles.prompt_tile_tokens`)
+    """
+    rows = np.ceil(count / tile) * tile
+    full = rows * start + _causal(rows)
     if window <= 0:
         return full, 0.0
-    first = min(max(window - start, 0.0), padded)
-    cut = first * start + first * (first + _TILE) / 2.0 + (padded - first) * (window + _TILE / 2.0)
+    first = min(max(window - start, 0.0), rows)
+    cut = first * start + _causal(first) + (rows - first) * (window + _KEY_BLOCK / 2.0)
     return full, min(cut, full)
+
+
+@inlined
+def _causal(rows):  # type: ignore[no-untyped-def]
+    """Pairs of query rows with the keys up to them, in whole blocks (`tiles.prompt_pairs`)."""
+    blocks = np.floor(rows / _KEY_BLOCK)
+    rest = rows - blocks * _KEY_BLOCK
+    return _KEY_BLOCK * (blocks + 1.0) * (_KEY_BLOCK * blocks / 2.0 + rest)
 
 
 @compiled
@@ -245,6 +271,7 @@ def between(first, last, share):  # type: ignore[no-untyped-def]
         first[9],
         first[10],
         first[11],
+        first[12] + (last[12] - first[12]) * share,
     )
 
 
@@ -304,5 +331,6 @@ def add_steps(k, first, last, slices, slice_seconds, totals):  # type: ignore[no
     totals[PRE_J] += prefill
     totals[DEC_J] += decode
     totals[STRETCH] += half * (first[STRETCHED] + last[STRETCHED])
+    totals[SLOW] += half * (first[SLOW_HOST] + last[SLOW_HOST])
     if first[CLOCK] < 1.0:
         totals[THROTTLED] += gpu

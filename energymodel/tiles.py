@@ -19,19 +19,50 @@ _HEAD_WIDTHS = (64.0, 96.0, 128.0, 192.0, 256.0)
 _SLOW_WIDTH, _SLOWER = 96.0, 3.2
 """Width whose kernel decodes slower, and by what factor: 32 sequences of two blocks take 81 us in
 the steps of Phi-3-mini (H200, tests/test_step_kernels.py); 44 by the width alone, 70 with it."""
-KEY_BLOCK = 128
-"""Keys that decode attention takes at a time, the last ones of a sequence padded to as many
-(FlashAttention 3 over a paged cache, `tile_size_fwd_sm90`)."""
+_NARROW_WIDTH, _NARROW_TILE = 64.0, 192.0
+"""Width of heads up to which attention has tiles of 192 query rows, and decode takes 192 keys at a
+time: it counts as not causal there (FlashAttention 3, `tile_size_fwd_sm90`)."""
+
+
+def decode_key_block(width: Array | float) -> Array:
+    """Keys that decode attention takes at a time for heads of `width` [-].
+
+    The last ones of a sequence are padded to as many (FlashAttention 3 over a paged cache).
+    """
+    return np.where(np.asarray(width) <= _NARROW_WIDTH, _NARROW_TILE, float(TILE))
 
 
 def decode_query_rows(queries: Array | float) -> Array:
     """Query rows that decode attention multiplies with each key of a KV head [-].
 
     The query heads of a KV head, and the queries of a sequence, lie in tiles of TILE rows and
-    seldom fill one (FlashAttention 3, `tile_size_fwd_sm90`). Heads of 64 lie in tiles of 192
-    there; windows and public tables of them come out nearer with TILE.
+    seldom fill one. Narrow heads lie in tiles of 192; windows and public tables of them come out
+    nearer with TILE (p90 of the H100's tables 9.7 %, 11.6 with 192).
     """
     result: Array = np.ceil(np.asarray(queries) / TILE) * TILE
+    return result
+
+
+def prompt_tile_tokens(group: Array | float, width: Array | float) -> Array:
+    """Tokens of a prompt whose queries fill one tile of attention [-].
+
+    The query heads of a KV head, `group` of them, lie in tiles together (FlashAttention 3 packs
+    them for sequences of different lengths), so that only the last tile of a prompt is not full.
+    """
+    tile = np.where(np.asarray(width) <= _NARROW_WIDTH, _NARROW_TILE, float(TILE))
+    result: Array = tile / group
+    return result
+
+
+def prompt_pairs(rows: Array | float, past: Array | float) -> Array:
+    """Query-key pairs that `rows` query rows of a prompt run behind `past` keys, of one head [-].
+
+    Keys are taken in blocks of TILE; those after a tile's last query are left out.
+    """
+    rows, past = np.asarray(rows, dtype=float), np.asarray(past, dtype=float)
+    full = np.floor(rows / TILE)
+    rest = rows - full * TILE
+    result: Array = rows * past + TILE**2 * full * (full + 1.0) / 2.0 + rest * TILE * (full + 1.0)
     return result
 
 

@@ -56,13 +56,31 @@ def of_experts(model: ModelSpec, serving: ServingConfig) -> float:
     return 13.0 if has_experts and serving.stack.startswith("vllm") else 0.0
 
 
-def chunk_pairs(start: int, count: int, window: int) -> tuple[float, float]:
-    padded = ceil(count / TILE) * TILE
-    full = padded * start + padded * (padded + TILE) / 2
+def tile_tokens(model: ModelSpec, serving: ServingConfig) -> float:
+    """Query heads that share keys fill vLLM's tiles together, of 192 rows for narrow heads."""
+    if not serving.stack.startswith("vllm"):
+        return TILE
+    a, gpus = model.layers[0].attention, serving.tensor_parallel
+    shared = a.num_heads / gpus / max(1, a.num_kv_heads / gpus)
+    return (192 if a.head_dim <= 64 else 128) / shared
+
+
+def in_key_blocks(rows: float) -> float:
+    """Each row with the keys up to it, in whole blocks."""
+    pairs, blocks = 0.0, 1
+    while rows > 0:
+        pairs += min(rows, TILE) * TILE * blocks
+        rows, blocks = rows - TILE, blocks + 1
+    return pairs
+
+
+def chunk_pairs(start: int, count: int, window: int, tile: float) -> tuple[float, float]:
+    padded = ceil(count / tile) * tile
+    full = padded * start + in_key_blocks(padded)
     if not window:
         return full, 0.0
     first = min(max(window - start, 0), padded)
-    cut = first * start + first * (first + TILE) / 2 + (padded - first) * (window + TILE / 2)
+    cut = first * start + in_key_blocks(first) + (padded - first) * (window + TILE / 2)
     return full, min(cut, full)
 
 
@@ -90,7 +108,8 @@ def step_cost(
     in_graph = bool(graphs) and tokens <= max(graphs)
     if in_graph:
         padded = min(size for size in graphs if size >= tokens)
-    pairs = [chunk_pairs(r.computed, count, window) for r, count in prefills]
+    tile = tile_tokens(model, serving)
+    pairs = [chunk_pairs(r.computed, count, window, tile) for r, count in prefills]
     stats = step_stats(
         model,
         tokens=padded,
@@ -258,7 +277,8 @@ def pass_costs(
     graphs = serving.graph_batch_sizes if serving.stack == "vllm" else ()
     in_graph = bool(graphs) and tokens <= max(graphs)
     padded = min(size for size in graphs if size >= tokens) if in_graph else tokens
-    pairs = [chunk_pairs(start, count, window) for start, count in chunks]
+    tile = tile_tokens(model, serving)
+    pairs = [chunk_pairs(start, count, window, tile) for start, count in chunks]
     stats = step_stats(
         model,
         tokens=padded,

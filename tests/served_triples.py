@@ -50,8 +50,8 @@ def serve(
 ) -> tuple[Simulation, CostTables]:
     costs = cost_tables(model, serving, gpu(), calibration)
     if blocks is not None:
-        batch, tokens, _, size, window = costs.config
-        costs = replace(costs, config=(batch, tokens, blocks, size, window))
+        batch, tokens, _, size, window, tile = costs.config
+        costs = replace(costs, config=(batch, tokens, blocks, size, window, tile))
     arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
     result = simulate(
         arrivals.astype(float),

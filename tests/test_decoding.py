@@ -152,7 +152,7 @@ def test_more_beams_cost_more_and_one_is_greedy() -> None:
 def test_beams_fill_the_cache() -> None:
     serving = ServingConfig(stack="transformers", beams=4, decoding="beam", max_batch=64)
     costs = cost_tables(tiny(), serving, gpu(), calibration())
-    costs = replace(costs, config=(64, 8192, 100, 16, 0))  # 1600 tokens: 400 of each beam
+    costs = replace(costs, config=(64, 8192, 100, 16, 0, 128.0))  # 1600 tokens: 400 of each beam
     result = simulate(np.zeros(6), np.full(6, 100), np.full(6, 33), costs, static_batches=True)
     assert result is not None
     assert result.totals["steps"] == 2 * 33  # three requests of 4 x 133 tokens fit at once

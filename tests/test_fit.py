@@ -63,6 +63,7 @@ def gemms(clock: float = 1.0) -> KernelRows:
         tiles=m * n / 128**2,
         block_bytes=zeros,
         reductions=zeros,
+        key_blocks=zeros,
         calls=ones,
         gemm_rows=m,
         gemm_columns=n,

@@ -1,4 +1,4 @@
-"""Intervals that widen where a GPU waits for its host."""
+"""Intervals that widen with what a slow host would add."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from shapes import calibration, gpu, tiny
 
 from calibration.fitting.fit_errors import bound, narrowest, ratio_errors
+from calibration.fitting.hosts import with_host_times
+from calibration.validation.rows import offline
 from energymodel.calibrations import IntervalCalibration
 from energymodel.workload import predict
 
@@ -29,30 +31,35 @@ def test_the_width_by_hand() -> None:
 
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_more_waiting_never_narrows(one: float, other: float) -> None:
+def test_a_host_that_matters_more_never_narrows(one: float, other: float) -> None:
     less, more = (INTERVAL.with_host(share) for share in sorted((one, other)))
     assert more.low <= less.low <= INTERVAL.low
     assert more.high >= less.high >= INTERVAL.high
 
 
-def test_a_prediction_widens_by_its_own_waiting() -> None:
+def test_a_prediction_widens_by_what_a_slow_host_would_add_to_it() -> None:
+    """To a batch that the host holds up; one that it does not keeps the interval."""
     made = calibration()
     spread = replace(made, intervals=dict.fromkeys(made.intervals, INTERVAL))
-    found = predict("summarization", gpu=gpu(), model=tiny(), calibration=spread, replicas=4)
-    share = found.by_component_joules["host_wait"] / found.energy_joules
-    assert share > 0.0
+    batch = offline("a batch", [64] * 8, 32)
+    found = predict(batch, gpu=gpu(), model=tiny(), calibration=spread)
+    slow = predict(batch, gpu=gpu(), model=tiny(), calibration=with_host_times(spread, 1.5))
+    share = slow.energy_joules / found.energy_joules - 1.0
+    assert share > 0.1
     expected = INTERVAL.with_host(share)
     assert found.energy_joules_high == pytest.approx(found.energy_joules * expected.high)
     assert found.bins[0].energy_joules_low == pytest.approx(
         found.bins[0].energy_joules * expected.low
     )
+    never = predict(batch, gpu=gpu(), model=tiny(), calibration=with_host_times(spread, 1e-9))
+    assert never.energy_joules_high == pytest.approx(never.energy_joules * INTERVAL.high)
 
 
 def test_the_narrowest_interval_by_hand() -> None:
-    # nine of ten hold the next one with 9 / 11; four wait 10 or 20 % of their energy and err more
+    # nine of ten hold the next one with 9 / 11; a slow host adds 10 or 20 % to four, which err more
     errors = np.array([0.01, 0.01, 0.02, 0.02, 0.02, 0.02, 0.05, 0.05, 0.10, 0.30])
-    waiting = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2])
-    size, spread = narrowest(errors, waiting, level=0.8)
+    slow = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2])
+    size, spread = narrowest(errors, slow, level=0.8)
     # at 2 %: sqrt(0.05^2 - 0.02^2) / 0.1 = 0.458, sqrt(0.1^2 - 0.02^2) / 0.2 = 0.490
     assert size == 0.02
     assert spread == pytest.approx(0.4899, abs=1e-4)
@@ -85,7 +92,7 @@ def test_an_error_counts_by_the_interval_that_it_needs(monkeypatch: pytest.Monke
     assert ratio_errors([(run, None) for run in runs]) == pytest.approx([0.25, 0.25])  # type: ignore[misc]
 
 
-def test_without_waiting_the_narrowest_is_the_quantile() -> None:
+def test_where_no_host_matters_the_narrowest_is_the_quantile() -> None:
     errors = np.linspace(0.01, 0.2, 20)
     assert narrowest(errors, np.zeros(20)) == (pytest.approx(errors[18]), 0.0)
 
@@ -96,8 +103,8 @@ def test_without_waiting_the_narrowest_is_the_quantile() -> None:
     )
 )
 def test_the_narrowest_holds_its_share(runs: list[tuple[float, float]]) -> None:
-    errors, waiting = np.array(runs).T
-    size, spread = narrowest(errors, waiting)
-    held = errors <= np.hypot(size, spread * waiting) * (1.0 + 1e-9)
+    errors, slow = np.array(runs).T
+    size, spread = narrowest(errors, slow)
+    held = errors <= np.hypot(size, spread * slow) * (1.0 + 1e-9)
     assert held.mean() >= 0.9
     assert size >= np.median(errors)

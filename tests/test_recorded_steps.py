@@ -70,8 +70,8 @@ def deployed(
 def _with_blocks(costs: CostTables, blocks: int | None) -> CostTables:
     if blocks is None:
         return costs
-    batch, tokens, _, block, window = costs.config
-    return replace(costs, config=(batch, tokens, blocks, block, window))
+    batch, tokens, _, block, window, tile = costs.config
+    return replace(costs, config=(batch, tokens, blocks, block, window, tile))
 
 
 def waiting(inputs: list[int], outputs: list[int]) -> Requests:

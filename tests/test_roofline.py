@@ -138,9 +138,7 @@ def test_padding_takes_time_but_no_energy() -> None:
 
 def splits_of(**work: float | bool) -> float:
     values = {"gemm_rows": 0.0, "gemm_columns": 0.0, "gemm_k": 0.0, "tiles": 0.0, "calls": 1.0}
-    arrays = {
-        k: np.array([v]) for k, v in ({**values, "is_decode_attention": False} | work).items()
-    }
+    arrays = {k: np.array([v]) for k, v in ({**values, "is_split_attention": False} | work).items()}
     return float(splits(**arrays, sm_count=132)[0])
 
 
@@ -151,9 +149,9 @@ def test_split_sums_by_hand() -> None:
     assert splits_of(gemm_rows=640.0, **gemm) == 0.0  # 160 tiles
     assert splits_of(**gemm) == 0.0  # no rows, no kernel
     # 13 sequences of 8 KV heads fill 104 of 132 SMs, 14 fill 112: more than 0.8 of them
-    assert splits_of(is_decode_attention=True, tiles=2 * 104.0, calls=2.0) == 2.0
-    assert splits_of(is_decode_attention=True, tiles=2 * 112.0, calls=2.0) == 0.0
-    assert splits_of(is_decode_attention=True) == 0.0
+    assert splits_of(is_split_attention=True, tiles=2 * 104.0, calls=2.0) == 2.0
+    assert splits_of(is_split_attention=True, tiles=2 * 112.0, calls=2.0) == 0.0
+    assert splits_of(is_split_attention=True) == 0.0
 
 
 def test_a_split_costs_its_second_kernel() -> None:

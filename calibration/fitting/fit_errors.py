@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import ErrorSummary, summarize
 from calibration.fitting.serving_runs import Run, simulated
 from energymodel.calibrations import Calibration, IntervalCalibration
+from energymodel.step_costs import SLOW_HOST_RATIO
 
 Array = NDArray[np.float64]
 
@@ -28,11 +29,11 @@ _ONE_MODEL = 2.0
 """Widening where one model was measured: a fit to Llama-3.1-8B on one H100 had a p90 of 7.7 % by
 input length, and on another H100 of 2.9 % for the same model, 6.8 % for OLMoE-1B-7B and 13.4 % for
 Llama-3.2-1B, whose steps wait for the host as the 8B's never do."""
-_WAITING_SHARE = 0.03
-"""Of the energy, from which on a run counts as one that waits for the host. Fewer than the fewest
-runs of either kind tell nothing of how errors grow with it."""
+_SLOW_HOST_SHARE = 0.03
+"""What a slow host adds to the energy of a run, from which on the run counts as one that depends
+on the host. Fewer than the fewest runs of either kind tell nothing of how errors grow with it."""
 _NEVER = 1e-6
-"""Share of the energy up to which a run does not wait at all."""
+"""The same of a run that does not depend on the host at all."""
 _UNTESTED = 0.5
 """Size of the interval of a stack with too few runs."""
 
@@ -69,7 +70,7 @@ def interval_of_split(
         if least > start.high - 1.0:
             basis = f"as of the stack that was measured here, which is wider than {basis}"
         return interval(max(start.high - 1.0, least), basis)
-    if (found := _interval_by_waiting(held_out, left_out)) is not None:
+    if (found := _interval_by_host(held_out, left_out)) is not None:
         return found
     if len(held_out) >= _FEWEST_RUNS:
         size, n = bound(ratio_errors(held_out)), len(held_out)
@@ -87,23 +88,24 @@ def interval_of_split(
     return interval(size, basis)
 
 
-def _interval_by_waiting(held_out: Pairs, left_out: Pairs) -> IntervalCalibration | None:
-    """Interval that widens as runs wait for the host; None with too few runs of either kind."""
+def _interval_by_host(held_out: Pairs, left_out: Pairs) -> IntervalCalibration | None:
+    """Interval that widens with what a slow host would add; None with too few runs of a kind."""
     pairs = [*held_out, *left_out]
     if not held_out:
         return None
-    joules, _, _, waiting = _predicted(pairs)
+    joules, _, _, slow = _predicted(pairs)
     errors = _ratio_error(joules, np.array([run.joules for run, _ in pairs]))
-    some = int((waiting >= _WAITING_SHARE).sum())
+    some = int((slow >= _SLOW_HOST_SHARE).sum())
     if some < _FEWEST_RUNS or len(pairs) - some < _ENOUGH_RUNS:
         return None
-    size, spread = narrowest(errors, waiting)
+    size, spread = narrowest(errors, slow)
     what = f"{len(held_out)} held-out serving runs"
     if left_out:
         what += f" and {len(left_out)} fitted ones, each predicted without its model"
     basis = (
-        f"the narrowest that holds 90 % of {what}; {spread:.2f} x the share of the energy spent "
-        f"waiting for the host is added in quadrature ({some} wait {_WAITING_SHARE:.0%} or more)"
+        f"the narrowest that holds 90 % of {what}; {spread:.2f} x the share of the energy that a "
+        f"host {SLOW_HOST_RATIO:g} times as slow would add is added in quadrature ({some} runs: "
+        f"{_SLOW_HOST_SHARE:.0%} or more)"
     )
     return replace(interval(size, basis), host_spread=round(spread, 4))
 
@@ -130,22 +132,22 @@ def bound(errors: Array, level: float = LEVEL) -> float:
     return float(np.sort(errors)[min(rank, len(errors)) - 1])
 
 
-def narrowest(errors: Array, waiting: Array, level: float = LEVEL) -> tuple[float, float]:
+def narrowest(errors: Array, slow: Array, level: float = LEVEL) -> tuple[float, float]:
     """Size and spread of the on average narrowest interval that holds a share of the errors.
 
-    errors : as `ratio_errors`, (n,); waiting : share of the energy spent waiting, (n,).
-    The interval of a run is hypot(size, spread * waiting). Size is one of the errors and no less
+    errors : as `ratio_errors`, (n,); slow : share of the energy that a slow host would add, (n,).
+    The interval of a run is hypot(size, spread * slow). Size is one of the errors and no less
     than their median; spread the smallest that holds `level` of the errors then.
     """
     best = np.inf, float(errors.max()), 0.0
     for size in np.unique(errors[errors >= np.median(errors)]):
         beyond = np.sqrt(np.maximum(errors**2 - size**2, 0.0))
         needed = np.full(len(errors), np.inf)
-        np.divide(beyond, waiting, out=needed, where=waiting > _NEVER)
+        np.divide(beyond, slow, out=needed, where=slow > _NEVER)
         needed[beyond == 0.0] = 0.0
         spread = bound(needed, level)
         if np.isfinite(spread):
-            width = float(np.hypot(size, spread * waiting).mean())
+            width = float(np.hypot(size, spread * slow).mean())
             best = min(best, (width, float(size), spread))
     return best[1], best[2]
 

@@ -58,6 +58,8 @@ class KernelRows:
     """Bytes of a row that one thread block passes alone, as in `operators.OperatorTable`."""
     reductions: Array
     """Sums over such a row, likewise."""
+    key_blocks: Array
+    """Blocks of keys that decode attention takes for a sequence; 0 for other kernels."""
     calls: Array
     gemm_rows: Array
     gemm_columns: Array
@@ -138,7 +140,7 @@ def row_costs(
             gemm_k=rows.gemm_k,
             tiles=rows.tiles,
             calls=rows.calls,
-            is_decode_attention=classes[of_row] == "attention_decode",
+            is_split_attention=rows.key_blocks > 1,
             sm_count=gpu.sm_count,
         ),
         block_bytes=rows.block_bytes,

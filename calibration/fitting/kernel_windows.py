@@ -17,11 +17,13 @@ from energymodel.operator_parts import compute_dtype
 from energymodel.operators import NORM_PASSES
 from energymodel.specs import GpuSpec
 from energymodel.tiles import (
-    KEY_BLOCK,
     SOFTMAX_WIDTH,
     TILE,
     decode_head_width,
+    decode_key_block,
     decode_query_rows,
+    prompt_pairs,
+    prompt_tile_tokens,
 )
 
 Array = NDArray[np.float64]
@@ -76,6 +78,12 @@ def kernel_rows(windows: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
     return _rows(used, gpu)
 
 
+def _op_class(window: Mapping[str, Any]) -> str:
+    """Class of a window's kernel; torch's products of int8 numbers are other kernels."""
+    found = _CLASS_OF[window["op_class"]]
+    return "gemm_int8" if found == "gemm" and window["dtype"] == "int8" else found
+
+
 def _is_other(window: Mapping[str, Any]) -> bool:
     return any(window["launcher"].endswith(name) for name in _OTHER_KERNELS)
 
@@ -98,7 +106,7 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
 
     return KernelRows(
         name=tuple(w["case"] for w in used),
-        op_class=tuple(_CLASS_OF[w["op_class"]] for w in used),
+        op_class=tuple(_op_class(w) for w in used),
         family=tuple(f"{w['op_class']} {w['family']}" for w in used),
         dtype=tuple(compute_dtype(w["dtype"]) for w in used),
         board=tuple(w.get("board", "") for w in used),
@@ -110,6 +118,7 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         tiles=column("tiles"),
         block_bytes=column("block_bytes"),
         reductions=column("reductions"),
+        key_blocks=column("key_blocks"),
         calls=np.ones(len(used)),
         gemm_rows=column("gemm_rows"),
         gemm_columns=column("gemm_columns"),
@@ -169,23 +178,27 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
             "gemm_k": shape["k"],
         }
     if kind == "attention_prefill":
-        rows = np.ceil(shape["tokens"] / TILE) * TILE
-        pairs = shape["batch"] * (rows * shape["past"] + rows * (rows + TILE) / 2.0)
+        group, past = shape["heads"] / shape["kv_heads"], shape["past"]
+        tile = prompt_tile_tokens(group, shape["head_dim"])
+        rows = np.ceil(shape["tokens"] / tile) * tile
+        pairs = shape["batch"] * float(prompt_pairs(rows, past))
         width = shape["head_dim"] + SOFTMAX_WIDTH
         return {
             "flops": 4.0 * shape["heads"] * shape["head_dim"] * pairs,
             "executed_flops": 4.0 * shape["heads"] * width * pairs,
-            "tiles": shape["batch"] * rows * shape["heads"] / TILE,
+            "tiles": shape["batch"] * float(rows) * shape["heads"] / TILE,
         }
     if kind == "attention_decode":
-        keys = np.ceil(shape["context"] / KEY_BLOCK) * KEY_BLOCK
-        rows = decode_query_rows(shape["heads"] / shape["kv_heads"])
+        key_block = float(decode_key_block(shape["head_dim"]))
+        key_blocks = np.ceil(shape["context"] / key_block)
+        rows = float(decode_query_rows(shape["heads"] / shape["kv_heads"]))
         tiles = shape["batch"] * shape["kv_heads"]
         width = float(decode_head_width(shape["head_dim"]))
         return {
             "flops": window["flops"],
-            "executed_flops": 4.0 * tiles * rows * keys * width,
+            "executed_flops": 4.0 * tiles * rows * key_blocks * key_block * width,
             "tiles": tiles,
+            "key_blocks": key_blocks,
         }
     if kind in ("moe", "moe_packed"):
         rows, config = window["details"]["expert_rows"], window["details"].get("config", {})

@@ -32,7 +32,7 @@ def _stack(field: str, *stacks: str, prior: float = WIDE) -> Parameter:
     return Parameter(paths=tuple(f"stacks.{s}.{field}" for s in stacks), prior=prior)
 
 
-_QUANTISED = ("gemm_scaled", "gemm_packed", "moe_packed")
+_QUANTISED = ("gemm_int8", "gemm_scaled", "gemm_packed", "moe_packed")
 _KERNELS = (
     *("gemm", "moe", *_QUANTISED),
     *("attention_prefill", "attention_decode", "elementwise", "sampling"),
@@ -83,7 +83,7 @@ PARAMETERS: tuple[Parameter, ...] = (
             ("tile_seconds", 1.0, 1e-9, 1e-3),
         )
     ),
-    # experts are unpacked, then multiplied: their times add up (a sharpness of 1)
+    # experts are unpacked, then multiplied: their times add up (a sharpness of 1), as int8's do
     Parameter(paths=("kernels.gemm_scaled.sharpness",), prior=0.5, low=1.0, high=16.0),
     Parameter(paths=("kernels.gemm_packed.sharpness",), prior=0.5, low=1.0, high=16.0),
     Parameter(paths=("kernels.attention_prefill.compute_efficiency",), prior=0.15, high=1.3),
@@ -112,7 +112,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.gemm.hbm_latency_seconds",), prior=0.5),
     Parameter(paths=("kernels.sampling.call_seconds",), prior=1.0),
     # energy
-    # measured alone, on a cool board; windows warm it, by 0.9 W a kelvin where it idles, and would
+    # measured alone, on a cool board; windows warm it, by 0.6 W a kelvin where it idles, and would
     # have runs that wait pay for that
     Parameter(paths=("base_watts",), prior=0.02),
     Parameter(paths=("joules_per_flop.bf16", "joules_per_flop.fp16"), prior=WIDE),

@@ -49,10 +49,10 @@ from energymodel.errors import EnergyModelError
 from energymodel.experts import expert_activation_bytes, moe_tile_rows
 from energymodel.specs import GpuSpec
 from energymodel.tiles import (
-    KEY_BLOCK,
     SOFTMAX_WIDTH,
     TILE,
     decode_head_width,
+    decode_key_block,
     decode_query_rows,
 )
 
@@ -198,7 +198,8 @@ def read_generation_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         for c in ("batch_size", "step", "num_heads", "num_key_value_heads", "head_dim")
     )
     keys = batch * (step + 1.0)
-    blocks = batch * np.ceil((step + 1.0) / KEY_BLOCK)
+    key_block = decode_key_block(width)
+    blocks = np.ceil((step + 1.0) / key_block)
     rows = decode_query_rows(heads / kv)
     return _rows(
         table,
@@ -206,10 +207,11 @@ def read_generation_attention(path: Path, gpu: GpuSpec) -> KernelRows:
         "bf16",
         family=_HEADS,
         flops=4.0 * keys * heads * width,
-        executed_flops=4.0 * blocks * KEY_BLOCK * kv * rows * decode_head_width(width),
+        executed_flops=4.0 * batch * blocks * key_block * kv * rows * decode_head_width(width),
         hbm_bytes=4.0 * keys * kv * width,
         activation_bytes=4.0 * batch * heads * width,
         tiles=batch * kv,
+        key_blocks=blocks,
     )
 
 
@@ -311,7 +313,8 @@ def _rows(
         trusted = seconds * calls_a_replay * _REPLAYS >= _TRUSTED_SECONDS
         watts = np.where(trusted, _column(table, "power"), np.nan)
         clock = np.full(count, np.nan)
-    columns = ("flops", "executed_flops", "hbm_bytes", "activation_bytes", "link_bytes", "tiles")
+    columns = ("flops", "executed_flops", "hbm_bytes", "activation_bytes", "link_bytes")
+    columns += ("tiles", "key_blocks")
     shapes = table.select(family).rows()
     return KernelRows(
         name=tuple(f"{op_class} row {i}" for i in range(count)),

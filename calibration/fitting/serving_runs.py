@@ -61,12 +61,12 @@ def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
 
 
 def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Array, Array, Array]:
-    """Joules of all GPUs, seconds, median TTFT, and the share of the joules spent waiting.
+    """Joules of all GPUs, seconds, median TTFT, and the share that a slow host would add to joules.
 
-    Each (n,), by run, under a calibration. Waiting: for the host, within and between steps.
+    Each (n,), by run, under a calibration. Slow host: `step_costs.SLOW_HOST_RATIO`.
     """
     tables: dict[int, CostTables] = {}
-    joules, seconds, ttft, waiting = np.empty((4, len(runs)))
+    joules, seconds, ttft, slow = np.empty((4, len(runs)))
     for i, run in enumerate(runs):
         d = run.deployment
         if id(d) not in tables:
@@ -85,10 +85,10 @@ def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Arr
         ttft[i] = np.median(result.first_token_seconds - requests.arrival_seconds)
         joules[i] = totals["prefill_joules"] + totals["decode_joules"]
         joules[i] += totals["idle_seconds"] * calibration.polling_idle_watts
-        waits = totals["wait_seconds"] + totals["stretch_seconds"]
-        waiting[i] = waits * of_group(calibration, d.serving).base_watts / joules[i]
+        base_watts = of_group(calibration, d.serving).base_watts
+        slow[i] = totals["slow_host_seconds"] * base_watts / joules[i]
         joules[i] *= d.gpus_per_replica
-    return joules, seconds, ttft, waiting
+    return joules, seconds, ttft, slow
 
 
 def usable(row: MeasuredRow, gpu: str) -> bool:

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 MEDIAN_BAR, P90_BAR = 0.04, 0.10
 CLASSES: Mapping[str, tuple[str, ...]] = {
-    "GEMM": ("gemm",),
+    "GEMM": ("gemm", "gemm_int8"),
     "attention": ("attention_prefill", "attention_decode"),
     "- prefill": ("attention_prefill",),
     "- decode": ("attention_decode",),

@@ -18,7 +18,7 @@ from energymodel.models import model_from_config
 from energymodel.operators import STATS, operator_table, step_stats
 from energymodel.roofline import operator_costs
 from energymodel.specs import DEFAULT_DTYPE
-from energymodel.tiles import KEY_BLOCK
+from energymodel.tiles import decode_key_block
 
 _STACK = "vllm"
 """The other stacks launch kernel by kernel: their steps take what the host does."""
@@ -95,8 +95,9 @@ def decode_step_seconds(deployment: Deployment, batch: int, context_tokens: floa
     )
     table = operator_table(model, deployment.serving)
     flops, at = table.executed_flops.copy(), table.names.index("attention_decode")
-    empty = np.ceil(context_tokens / KEY_BLOCK) * KEY_BLOCK - context_tokens
-    flops[at, STATS.index("decode_sequences")] *= empty / (KEY_BLOCK / 2.0)
+    block = float(decode_key_block(model.layers[0].attention.head_dim))
+    empty = np.ceil(context_tokens / block) * block - context_tokens
+    flops[at, STATS.index("decode_sequences")] *= empty / (block / 2.0)
     table = replace(table, executed_flops=flops)
     costs = operator_costs(table, stats, deployment.gpu, deployment.calibration)
     return float((costs.memory_seconds + costs.compute_seconds).sum())
