@@ -131,7 +131,7 @@ def operator_costs(
     ConfigurationError
         If the GPU has no published peak, or the calibration no energy, for a dtype in use.
     """
-    classes = [_kernel(calibration, c) for c in table.op_class]
+    classes = [kernel_of(calibration, c) for c in table.op_class]
 
     def parameter(name: str) -> Array:
         return np.array([getattr(c, name) for c in classes])
@@ -359,7 +359,8 @@ _PLAIN = {
 """Class of 16-bit products that stands in where a calibration lacks that of quantised ones."""
 
 
-def _kernel(calibration: Calibration, op_class: str) -> KernelCalibration:
+def kernel_of(calibration: Calibration, op_class: str) -> KernelCalibration:
+    """Parameters of a class, a plain one's where the calibration lacks it; else an error."""
     known = calibration.kernels
     try:
         return known[op_class] if op_class in known else known[_PLAIN[op_class]]

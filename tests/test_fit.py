@@ -166,3 +166,12 @@ def test_rows_are_picked_and_joined() -> None:
     assert len(joined) == len(rows)
     assert sorted(joined.name) == sorted(rows.name)
     assert len(rows.of_class("moe")) == 0
+
+
+def test_a_start_without_a_class_lends_it_the_plain_one() -> None:
+    """Calibrations that were written before torch's int8 products were a class of their own."""
+    rows, start = gemms(), truth()
+    older = replace(start, kernels={c: k for c, k in start.kernels.items() if c != "gemm_int8"})
+    int8 = replace(rows, op_class=("gemm_int8",) * len(rows))
+    plain = predicted_seconds(rows, gpu(), older)
+    assert predicted_seconds(int8, gpu(), older).tolist() == plain.tolist()

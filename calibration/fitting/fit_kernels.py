@@ -25,6 +25,7 @@ from energymodel.roofline import (
     EIGHT_BIT,
     OperatorCosts,
     kernel_costs,
+    kernel_of,
     splits,
     step_seconds_and_joules,
 )
@@ -113,7 +114,7 @@ def row_costs(
     `override` replaces parameters of `KernelCalibration` for all rows (while one class is fitted).
     """
     classes, of_row = np.unique(np.array(rows.op_class, dtype=str), return_inverse=True)
-    kernels = [calibration.kernels[str(c)] for c in classes]
+    kernels = [kernel_of(calibration, str(c)) for c in classes]
     dtypes, dtype_of_row = np.unique(np.array(rows.dtype, dtype=str), return_inverse=True)
 
     def parameter(name: str) -> Array:
