@@ -160,8 +160,7 @@ class Calibration:
     kernels: Mapping[str, KernelCalibration]
     """By operator class: gemm, moe, attention_prefill, attention_decode, elementwise, sampling,
     communication; gemm_int8 (torch's), gemm_scaled (8-bit), gemm_packed and moe_packed (4-bit
-    weights), for which gemm
-    and moe stand in where they lack."""
+    weights), for which gemm and moe stand in where they lack."""
     stacks: Mapping[str, StackCalibration]
     intervals: Mapping[str, IntervalCalibration]
     """By stack."""

@@ -169,7 +169,7 @@ def operator_work(table: OperatorTable, stats: Array, gpu: GpuSpec) -> dict[str,
             gemm_k=table.gemm_k,
             tiles=tiles,
             calls=table.calls,
-            # contexts of one block are too short to matter
+            # how long the contexts are is not known here: those of one block count as split too
             is_split_attention=np.array([c == "attention_decode" for c in table.op_class]),
             sm_count=gpu.sm_count,
         ),

@@ -225,7 +225,7 @@ def pairs(start, count, window, tile):  # type: ignore[no-untyped-def]
 
 @inlined
 def _causal(rows):  # type: ignore[no-untyped-def]
-    """Pairs of query rows with the keys up to them, in whole blocks (`tiles.prompt_pairs`)."""
+    """Pairs of query rows with the keys up to them, in whole blocks."""
     blocks = np.floor(rows / _KEY_BLOCK)
     rest = rows - blocks * _KEY_BLOCK
     return _KEY_BLOCK * (blocks + 1.0) * (_KEY_BLOCK * blocks / 2.0 + rest)

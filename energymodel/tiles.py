@@ -24,12 +24,16 @@ _NARROW_WIDTH, _NARROW_TILE = 64.0, 192.0
 time: it counts as not causal there (FlashAttention 3, `tile_size_fwd_sm90`)."""
 
 
+def _tile(width: Array | float) -> Array:
+    return np.where(np.asarray(width) <= _NARROW_WIDTH, _NARROW_TILE, float(TILE))
+
+
 def decode_key_block(width: Array | float) -> Array:
     """Keys that decode attention takes at a time for heads of `width` [-].
 
     The last ones of a sequence are padded to as many (FlashAttention 3 over a paged cache).
     """
-    return np.where(np.asarray(width) <= _NARROW_WIDTH, _NARROW_TILE, float(TILE))
+    return _tile(width)
 
 
 def decode_query_rows(queries: Array | float) -> Array:
@@ -49,21 +53,7 @@ def prompt_tile_tokens(group: Array | float, width: Array | float) -> Array:
     The query heads of a KV head, `group` of them, lie in tiles together (FlashAttention 3 packs
     them for sequences of different lengths), so that only the last tile of a prompt is not full.
     """
-    tile = np.where(np.asarray(width) <= _NARROW_WIDTH, _NARROW_TILE, float(TILE))
-    result: Array = tile / group
-    return result
-
-
-def prompt_pairs(rows: Array | float, past: Array | float) -> Array:
-    """Query-key pairs that `rows` query rows of a prompt run behind `past` keys, of one head [-].
-
-    Keys are taken in blocks of TILE; those after a tile's last query are left out.
-    """
-    rows, past = np.asarray(rows, dtype=float), np.asarray(past, dtype=float)
-    full = np.floor(rows / TILE)
-    rest = rows - full * TILE
-    result: Array = rows * past + TILE**2 * full * (full + 1.0) / 2.0 + rest * TILE * (full + 1.0)
-    return result
+    return _tile(width) / group
 
 
 def decode_head_width(width: Array | float) -> Array:

@@ -16,13 +16,13 @@ from energymodel.experts import saving_of_columns
 from energymodel.operator_parts import compute_dtype
 from energymodel.operators import NORM_PASSES
 from energymodel.specs import GpuSpec
+from energymodel.step_costs import pairs
 from energymodel.tiles import (
     SOFTMAX_WIDTH,
     TILE,
     decode_head_width,
     decode_key_block,
     decode_query_rows,
-    prompt_pairs,
     prompt_tile_tokens,
 )
 
@@ -179,14 +179,15 @@ def _work(window: Mapping[str, Any]) -> dict[str, float]:
         }
     if kind == "attention_prefill":
         group, past = shape["heads"] / shape["kv_heads"], shape["past"]
-        tile = prompt_tile_tokens(group, shape["head_dim"])
-        rows = np.ceil(shape["tokens"] / tile) * tile
-        pairs = shape["batch"] * float(prompt_pairs(rows, past))
+        tile = float(prompt_tile_tokens(group, shape["head_dim"]))
+        whole, _ = pairs(float(past), float(shape["tokens"]), 0.0, tile)
+        executed = shape["batch"] * whole
+        rows = shape["batch"] * np.ceil(shape["tokens"] / tile) * tile
         width = shape["head_dim"] + SOFTMAX_WIDTH
         return {
-            "flops": 4.0 * shape["heads"] * shape["head_dim"] * pairs,
-            "executed_flops": 4.0 * shape["heads"] * width * pairs,
-            "tiles": shape["batch"] * float(rows) * shape["heads"] / TILE,
+            "flops": 4.0 * shape["heads"] * shape["head_dim"] * executed,
+            "executed_flops": 4.0 * shape["heads"] * width * executed,
+            "tiles": rows * shape["heads"] / TILE,
         }
     if kind == "attention_decode":
         key_block = float(decode_key_block(shape["head_dim"]))

@@ -78,14 +78,16 @@ _HEADS = {
     "16x16x128": (16, 16, 128),  # OLMo-1B, OLMoE-1B-7B
     "40x8x128": (40, 8, 128),  # Qwen3-14B
     "32x8x64": (32, 8, 64),  # Llama-3.2-1B
+}
+_MORE_HEADS = {
     "14x2x64": (14, 2, 64),  # Qwen2.5-0.5B
     "64x8x64": (64, 8, 64),  # gpt-oss
     "24x8x128": (24, 8, 128),  # Llama-3.2-3B
     "64x8x128": (64, 8, 128),  # Llama-3.1-70B, Qwen3-32B
     "32x32x128": (32, 32, 128),  # Llama-2-7B, OLMo-7B
 }
-_FIRST_HEADS = 5
-"""Of them, measured before the others."""
+_SHORT_PROMPTS = ("32x8x128", "16x16x128", "32x8x64")
+"""Heads with which many short prompts are measured too."""
 _LATE = 3
 """Priority of what widens the families that are measured already."""
 _EXPERTS = {
@@ -161,7 +163,7 @@ def _gemms() -> Iterator[Case]:
 
 
 def _decode(heads: str, batch: int, context: int, priority: int) -> Case:
-    query, kv, width = _HEADS[heads]
+    query, kv, width = (_HEADS | _MORE_HEADS)[heads]
     return Case(
         name=f"decode.{heads}.b{batch}.c{context}",
         op_class="attention_decode",
@@ -182,7 +184,7 @@ def _decode(heads: str, batch: int, context: int, priority: int) -> Case:
 
 
 def _prefill(heads: str, batch: int, tokens: int, past: int, priority: int) -> Case:
-    query, kv, width = _HEADS[heads]
+    query, kv, width = (_HEADS | _MORE_HEADS)[heads]
     pairs = batch * (tokens * past + tokens * (tokens + 1) / 2.0)
     return Case(
         name=f"prefill.{heads}.b{batch}.t{tokens}" + (f".past{past}" if past else ""),
@@ -229,10 +231,10 @@ def _attentions() -> Iterator[Case]:
     for index, (batch, context) in enumerate(points):
         yield _decode("32x8x128", batch, context, 0 if index % 3 == 1 else 1)
     others = [(1, 2048), (8, 1024), (32, 2048), (128, 512), (256, 2048)]
-    for heads in list(_HEADS)[1:_FIRST_HEADS]:
+    for heads in list(_HEADS)[1:]:
         for index, (batch, context) in enumerate(others):
             yield _decode(heads, batch, context, 1 if index % 2 == 0 else 2)
-    for heads in list(_HEADS)[_FIRST_HEADS:]:
+    for heads in _MORE_HEADS:
         for batch, context in (*others, (1, 132), (32, 132), (256, 300)):
             yield _decode(heads, batch, context, _LATE)
     for heads, points in _RAGGED.items():
@@ -242,14 +244,15 @@ def _attentions() -> Iterator[Case]:
     for batch, tokens in prompts:
         quick = (batch, tokens) in ((1, 512), (1, 2048), (1, 8192))
         yield _prefill("32x8x128", batch, tokens, 0, 0 if quick else 1)
-    for place, heads in enumerate(_HEADS):
-        for index, (batch, tokens) in enumerate([(1, 1024), (1, 4096), (8, 512), (2, 8192)]):
-            level = 1 if index % 2 == 0 else 2
-            if place > 0:
-                yield _prefill(heads, batch, tokens, 0, level if place < _FIRST_HEADS else _LATE)
-        if heads in ("32x8x128", "16x16x128", "32x8x64"):  # many short prompts
-            for batch, tokens in ((64, 64), (128, 128), (32, 256), (8, 64)):
-                yield _prefill(heads, batch, tokens, 0, _LATE)
+    few = [(1, 1024), (1, 4096), (8, 512), (2, 8192)]
+    for heads in list(_HEADS)[1:]:
+        for index, (batch, tokens) in enumerate(few):
+            yield _prefill(heads, batch, tokens, 0, 1 if index % 2 == 0 else 2)
+    short = [(64, 64), (128, 128), (32, 256), (8, 64)]
+    later = dict.fromkeys(_MORE_HEADS, few) | dict.fromkeys(_SHORT_PROMPTS, short)
+    for heads, points in later.items():
+        for batch, tokens in points:
+            yield _prefill(heads, batch, tokens, 0, _LATE)
     for tokens, past in ((512, 2048), (512, 8192), (2048, 8192)):
         yield _prefill("32x8x128", 1, tokens, past, 2)
 
