@@ -164,6 +164,7 @@ def _inputs(
         "draft_model": None if serving.draft is None else serving.draft.model.name,
         "draft_tokens": 0 if serving.draft is None else serving.draft.tokens,
         "acceptance": None if serving.draft is None else serving.draft.acceptance,
+        "host_ratio": deployment.host_ratio,
         "binning": binning,
         "seed": seed,
     }

@@ -89,8 +89,8 @@ class StackCalibration:
     """Launches of a layer whose graphs leave attention out: steps with prompts that fit a graph."""
     step_gap_seconds: float
     """GPU idle between two steps that nothing overlaps."""
-    sequence_gap_seconds: float = 0.0
-    """The same per sequence of the step."""
+    layer_gap_seconds: float = 0.0
+    """The same per layer: what compiled code checks before its graphs are replayed."""
     start_gap_seconds: float = 0.0
     """GPU idle before the first step after a pause: no step runs while it is prepared."""
     request_host_seconds: float = 0.0
@@ -147,7 +147,7 @@ class Calibration:
     polling_idle_watts: float
     """Board power while the engine waits for requests, clocks up [W]."""
     base_watts: float
-    """Board power while kernels keep coming, before what they compute and move [W]."""
+    """Board power with a context open, before what kernels compute and move [W]."""
     joules_per_flop: Mapping[str, float]
     """Energy of a FLOP by compute dtype at the highest clock [J/FLOP]."""
     joules_per_hbm_byte: float
@@ -174,6 +174,18 @@ class Calibration:
     onchip_share_of_l2: float = 0.5
     """Share of the L2 that activations handed from kernel to kernel may fill [-]."""
     schema_version: int = field(default=SCHEMA_VERSION)
+
+
+def with_host_times(calibration: Calibration, ratio: float) -> Calibration:
+    """The calibration with every time of the stacks' hosts longer by a ratio."""
+    timed = [f.name for f in fields(StackCalibration) if f.name.endswith("_seconds")]
+    return replace(
+        calibration,
+        stacks={
+            name: replace(stack, **{t: getattr(stack, t) * ratio for t in timed})
+            for name, stack in calibration.stacks.items()
+        },
+    )
 
 
 def load_calibration(name_or_path: str) -> Calibration:

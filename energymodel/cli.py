@@ -156,6 +156,10 @@ def predict(
     seed: Annotated[int, typer.Option(help="Seed of drawn workloads and Poisson arrivals.")] = 0,
     trace_format: options.TraceFormat = None,
     strict: options.Strict = False,
+    host_ratio: Annotated[
+        float,
+        typer.Option(help="Host times over those of the calibration's machines (see doctor)."),
+    ] = 1.0,
     calibration: Annotated[
         str | None, typer.Option(help="Calibration file in place of the GPU's own.")
     ] = None,
@@ -209,6 +213,7 @@ def predict(
             seed=seed,
             trace_format=trace_format,
             strict=strict,
+            host_ratio=host_ratio,
             calibration=calibration,
         )
         if format is not PredictionFormat.table or output is not None:  # a table shows its warnings
@@ -273,9 +278,10 @@ def doctor(
     """Say what is installed, which GPUs and calibrations there are, and what is missing."""
     with user_errors():
         from calibration.metering.boards import find_boards  # noqa: PLC0415
+        from calibration.metering.host_speed import python_loop_step_seconds  # noqa: PLC0415
         from energymodel.doctor import diagnose, render_diagnosis  # noqa: PLC0415
 
-        diagnosis = diagnose(find_boards())
+        diagnosis = diagnose(find_boards(), python_loop_step_seconds())
         if format is TableOrJson.json:
             print_text(json.dumps(diagnosis.to_dict(), indent=2))
         else:

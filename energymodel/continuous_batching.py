@@ -62,6 +62,7 @@ from energymodel.step_costs import (
     between,
     pairs,
     step_cost,
+    told_late,
 )
 from energymodel.step_heaps import SLOTS, drop, pop, push
 
@@ -482,6 +483,12 @@ def advance(  # type: ignore[no-untyped-def]
             late_blocks += (offset + step + block - 1) // block
             free_slots[n_free] = slot
             n_free += 1
+        # --- first tokens of those that go on
+        if n_chunked > 0 and decoding > 0:
+            late = told_late(first, tokens, running, prefills, starting, tables[4], host)
+            for i in range(n_chunked):
+                if floats[chunked[i], FIRST] == end:
+                    floats[chunked[i], FIRST] += late
     counts[_DECODING], counts[_PARTIAL], counts[_FREE_BLOCKS] = decoding, partial, free
     counts[_LATE_SLOTS], counts[_LATE_BLOCKS] = late_slots, late_blocks
     counts[_PREEMPTED], counts[_STEP], counts[_OFFSETS] = n_preempted, step, offsets

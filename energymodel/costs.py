@@ -32,7 +32,7 @@ from energymodel.operators import (
 )
 from energymodel.roofline import OperatorCosts, operator_costs
 from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
-from energymodel.units import ACTIVATION_BYTES, GIB
+from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT, GIB
 
 Array = NDArray[np.float64]
 
@@ -111,7 +111,7 @@ def cost_tables(
         attention=attention,
         phases=phases,
         graph_tokens=graphs,
-        host=host_seconds(model, stack, serving),
+        host=host_seconds(model, stack, serving, reorder_seconds(model, serving, gpu, calibration)),
         limits=np.array(
             [
                 calibration.base_watts,
@@ -167,13 +167,27 @@ def stack_calibration(calibration: Calibration, stack: str) -> StackCalibration:
     return calibration.stacks[stack]
 
 
+def reorder_seconds(
+    model: ModelSpec, serving: ServingConfig, gpu: GpuSpec, calibration: Calibration
+) -> float:
+    """GPU seconds a token of KV cache in which beam search puts it into the beams' new order.
+
+    `generate` waits for it before the next step, so that nothing overlaps it: PyTorch's gather,
+    which an SM passes element by element like other kernels that do not vectorise (`unfused.py`).
+    """
+    if serving.beams == 1:
+        return 0.0
+    elements = kv_bytes_per_token(model, serving) / BYTES_PER_ELEMENT[serving.kv_dtype]
+    return elements * calibration.kernels["elementwise"].tile_seconds / gpu.sm_count
+
+
 def of_group(calibration: Calibration, serving: ServingConfig) -> Calibration:
     """The calibration of a GPU that serves in such a group.
 
-    With tensor parallelism its links are awake all the while, between the all-reduces of a step
-    and while it spins in one: what small all-reduces draw beyond the base becomes part of it.
+    Its links are awake all the while, between the all-reduces of a step and while it spins in one
+    or for the stage before it: what small all-reduces draw beyond the base becomes part of it.
     """
-    if serving.tensor_parallel == 1:
+    if serving.tensor_parallel * serving.pipeline_parallel == 1:
         return calibration
     link = calibration.kernels["communication"]
     return replace(
@@ -272,7 +286,8 @@ def operator_totals(
     """
     calibration = of_group(calibration, serving)
     token_ops, row_ops, attention_ops = split_table(operator_table(model, serving))
-    totals = _Totals(base_watts=calibration.base_watts, joules={}, work={})
+    share = 1.0 / serving.pipeline_parallel
+    totals = _Totals(base_watts=calibration.base_watts, share=share, joules={}, work={})
     for table, counts, stat in ((token_ops, token_steps, "tokens"), (row_ops, row_steps, "rows")):
         used = np.flatnonzero(counts[:, 0])
         if not used.size:
@@ -295,13 +310,15 @@ class _Totals:
     """Sums of `operator_totals`."""
 
     base_watts: float
+    share: float
+    """Of a step's work that one GPU does: a stage's of a pipeline; it is awake throughout [-]."""
     joules: dict[str, dict[str, float]]
     work: dict[str, dict[str, float]]
 
     def add(self, table: OperatorTable, costs: OperatorCosts, weights: Array) -> None:
         """Add costs (n, operators), weighted (n, 3) as in `Simulation.token_steps`."""
-        plain, slow, core = weights[:, 0], weights[:, 1], weights[:, 2]
-        seconds = plain @ costs.memory_seconds + slow @ costs.compute_seconds
+        seconds = weights[:, 0] @ costs.memory_seconds + weights[:, 1] @ costs.compute_seconds
+        plain, core = self.share * weights[:, 0], self.share * weights[:, 2]
         joules = {
             "base": self.base_watts * seconds
             + plain @ costs.active_memory_joules
@@ -314,7 +331,7 @@ class _Totals:
         work = {
             "executed_flops": plain @ costs.executed_flops,
             "hbm_bytes": plain @ costs.hbm_bytes,
-            "gpu_seconds": seconds,
+            "gpu_seconds": self.share * seconds,
         }
         for sums, parts in ((self.joules, joules), (self.work, work)):
             for column, name in enumerate(table.names):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from energymodel.calibrations import Calibration, list_calibrations, load_calibration
+from energymodel.calibrations import (
+    Calibration,
+    list_calibrations,
+    load_calibration,
+    with_host_times,
+)
 from energymodel.costs import CostTables, cost_tables
 from energymodel.errors import CapacityError, ConfigurationError, ProfileError, unknown_name
 from energymodel.expert_tiles import with_tuned_tiles
@@ -31,6 +36,7 @@ from energymodel.units import BYTES_PER_ELEMENT, GIB
 STACKS = ("vllm", "vllm-eager", "transformers", "transformers-compile")
 """Serving stacks, as `--stack` takes them."""
 
+_FASTEST_HOST, _SLOWEST_HOST = 0.05, 20.0
 _WEIGHT_DTYPES = tuple(BYTES_PER_ELEMENT)
 _KV_DTYPES = ("bf16", "fp16", "fp8")
 _MOST_BEAMS = 64
@@ -48,6 +54,8 @@ class Deployment:
     calibration: Calibration
     costs: CostTables
     """Per GPU of the group."""
+    host_ratio: float = 1.0
+    """Host times over those of the calibration as it was loaded [-]."""
 
     @property
     def gpus_per_replica(self) -> int:
@@ -88,6 +96,7 @@ def deploy(
     draft_model: str | ModelSpec | None = None,
     draft_tokens: int | None = None,
     acceptance: float | None = None,
+    host_ratio: float = 1.0,
     calibration: str | Calibration | None = None,
 ) -> Deployment:
     """Load GPU, model and calibration, check the options against them, and cost every step.
@@ -132,7 +141,12 @@ def deploy(
     )
     if draft is not None:
         serving = with_drafts(serving, draft)
-    fitted = _calibration(gpu_spec, calibration)
+    if not _FASTEST_HOST <= host_ratio <= _SLOWEST_HOST:
+        raise ConfigurationError(
+            f"--host-ratio {host_ratio:g}: the host's times over the calibration's lie between "
+            f"{_FASTEST_HOST:g} and {_SLOWEST_HOST:g}"
+        )
+    fitted = with_host_times(_calibration(gpu_spec, calibration), host_ratio)
     model_spec = with_tuned_tiles(model_spec, serving, gpu_spec)
     try:
         costs = cost_tables(model_spec, serving, gpu_spec, fitted)
@@ -140,7 +154,12 @@ def deploy(
         smaller = _smaller_checkpoint(model_spec, serving, gpu_spec)
         raise CapacityError(f"{error}. {smaller}" if smaller else str(error)) from error
     return Deployment(
-        gpu=gpu_spec, model=model_spec, serving=serving, calibration=fitted, costs=costs
+        gpu=gpu_spec,
+        model=model_spec,
+        serving=serving,
+        calibration=fitted,
+        costs=costs,
+        host_ratio=host_ratio,
     )
 
 

@@ -79,6 +79,9 @@ class KnownCalibration:
     """Lower end of the interval of `vllm` predictions, as a share of them."""
     interval_high: float
     interval_basis: str
+    host_ratio: float | None
+    """Time of a Python loop here over that on the hosts behind its host times, about what
+    `--host-ratio` takes [-]; None where either is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +109,17 @@ class Diagnosis:
         return asdict(self)
 
 
-def diagnose(found: Boards) -> Diagnosis:
-    """Look at the installation; `found` is what NVML says of the machine."""
+def diagnose(found: Boards, python_step_seconds: float | None = None) -> Diagnosis:
+    """Look at the installation.
+
+    `found` is what NVML says of the machine, `python_step_seconds` the time of a step of the loop
+    by which hosts are compared (`calibration/metering/host_speed.py`).
+    """
     packages = _packages()
     known_as = tuple(_known_as(board.name) for board in found.boards)
-    calibrations = tuple(_known_calibration(name) for name in list_calibrations())
+    calibrations = tuple(
+        _known_calibration(name, python_step_seconds) for name in list_calibrations()
+    )
     calibrated = {c.gpu for c in calibrations}
     compiled_folder = cache_folder()
     findings = _package_findings(packages)
@@ -156,10 +165,13 @@ def render_diagnosis(d: Diagnosis, *, color: bool = False) -> str:
         memory = "-" if board.memory_bytes is None else f"{board.memory_bytes / GIB:.0f} GiB"
         limit = "-" if board.power_limit_watts is None else f"{board.power_limit_watts:.0f} W"
         gpus.add_row(str(board.index), board.name, memory, limit, name or "unknown")
-    known = table("Calibrations", "--gpu", "rests on", "interval (vllm)", "from")
+    known = table(
+        "Calibrations", "--gpu", "rests on", "interval (vllm)", "--host-ratio here", "from"
+    )
     for c in d.calibrations:
         interval = f"{c.interval_low - 1.0:+.0%} to {c.interval_high - 1.0:+.0%}"
-        known.add_row(c.gpu, c.origin, interval, c.interval_basis)
+        host = "-" if c.host_ratio is None else f"{c.host_ratio:.2f}"
+        known.add_row(c.gpu, c.origin, interval, host, c.interval_basis)
     packages = table("Packages", "for", "installed", "missing")
     for extra in (None, *_PURPOSES):
         group = [p for p in d.packages if p.extra == extra]
@@ -257,13 +269,18 @@ def _known_as(name: str) -> str | None:
         return None
 
 
-def _known_calibration(name: str) -> KnownCalibration:
+def _known_calibration(name: str, python_step_seconds: float | None) -> KnownCalibration:
     calibration = load_calibration(name)
     interval = calibration.intervals["vllm"]
+    behind = (calibration.provenance.get("hosts") or {}).get("loop_step_seconds")
+    ratio = None
+    if python_step_seconds is not None and behind is not None:
+        ratio = python_step_seconds / behind
     return KnownCalibration(
         gpu=name,
         origin=calibration.origin,
         interval_low=interval.low,
         interval_high=interval.high,
         interval_basis=interval.basis,
+        host_ratio=ratio,
     )

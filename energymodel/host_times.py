@@ -29,19 +29,31 @@ launches more on seven hosts, 13 their median; eager steps of OLMoE take 0.91 ms
 Llama's take 0.41. Packed experts (gpt-oss) are one call."""
 
 
-def host_seconds(model: ModelSpec, stack: StackCalibration, serving: ServingConfig) -> Array:
+_BEAM_KERNELS, _BEAM_LAYER_KERNELS = 83.0, 2.0
+"""Launches of beam search beyond a greedy step's: choosing beams, and putting keys and values of
+each layer into their order (steps of OLMo-1B and Llama-3.1-8B, calibration/data/beams)."""
+
+
+def host_seconds(
+    model: ModelSpec,
+    stack: StackCalibration,
+    serving: ServingConfig,
+    reorder_seconds: float = 0.0,
+) -> Array:
     """Host and gap seconds of a step, in the order of `CostTables.host`.
 
     0 of a step in a captured graph, 1 of one with prompts (attention left out of the graph), 2 of
-    one that launches every kernel; 3 per sequence; 4 gap, 5 gap per sequence, 6 gap before a first
-    step, 7 per new prompt; 8 of a draft model's pass, which launches every kernel; 9 of a round
-    with drafts, 10 the same per sequence.
+    one that launches every kernel; 3 per sequence; 4 gap, 5 gap per token of KV cache attended to
+    (`costs.reorder_seconds`), 6 gap before a first step, 7 per new prompt; 8 of a draft model's
+    pass, which launches every kernel; 9 of a round with drafts, 10 the same per sequence.
     """
     step, sequence = stack.step_host_seconds, stack.sequence_host_seconds
     if serving.tensor_parallel > 1:
         step += stack.parallel_host_seconds
         sequence *= stack.parallel_sequence_share
     of_model = _kernels(model, stack, serving.stack)
+    if serving.beams > 1:
+        of_model += _BEAM_KERNELS + _BEAM_LAYER_KERNELS * model.num_layers
     of_draft = 0.0 if serving.draft is None else _kernels(serving.draft.model, stack, serving.stack)
     return np.array(
         [
@@ -49,8 +61,8 @@ def host_seconds(model: ModelSpec, stack: StackCalibration, serving: ServingConf
             step + stack.piecewise_kernels * model.num_layers * stack.launch_seconds,
             step + of_model * stack.launch_seconds,
             sequence,
-            stack.step_gap_seconds,
-            stack.sequence_gap_seconds,
+            stack.step_gap_seconds + stack.layer_gap_seconds * model.num_layers,
+            reorder_seconds,
             stack.start_gap_seconds,
             stack.request_host_seconds,
             stack.draft_host_seconds + of_draft * stack.launch_seconds,

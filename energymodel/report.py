@@ -281,6 +281,8 @@ def setup_text(p: Prediction) -> str:
         )
     if i["stack"] not in STATIC_STACKS:
         parts.append(f"{i['max_step_tokens']} tokens a step")
+    if i["host_ratio"] != 1.0:
+        parts.append(f"host times x {i['host_ratio']:g}")
     if i["cached_input_tokens"]:
         share = share_text(i["cached_input_tokens"] / p.input_tokens)
         parts.append(f"prefix cache holds {share} of the input tokens")

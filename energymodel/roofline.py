@@ -286,7 +286,8 @@ def clock_under_cap(
     calibration: Calibration,
     host_seconds: Array | float = 0.0,
     gap_seconds: Array | float = 0.0,
-    link_watts: Array | float = 0.0,
+    further_watts: Array | float = 0.0,
+    rounding: float = 0.0,
 ) -> Array:
     """Share x of the highest clock at which average power meets the board's limit [-].
 
@@ -295,19 +296,19 @@ def clock_under_cap(
     not bind. All arrays of one shape. By bisection, and Newton's method from below.
     """
     exponent = calibration.clock_energy_exponent
-    room = calibration.power_cap_watts - calibration.base_watts - link_watts
+    room = calibration.power_cap_watts - calibration.base_watts - further_watts
     everything = np.broadcast_arrays(
         memory_seconds, compute_seconds, fixed_joules, core_joules, host_seconds, gap_seconds, room
     )
     share = np.ones_like(memory_seconds)
-    seconds = np.maximum(memory_seconds + compute_seconds, host_seconds) + gap_seconds
+    seconds = longer(memory_seconds + compute_seconds, host_seconds, rounding) + gap_seconds
     capped = fixed_joules + core_joules > room * seconds
     if not capped.any():
         return share
     memory, compute, fixed, core, host, gap, watts = (part[capped] for part in everything)
 
     def excess(x: Array) -> Array:
-        seconds = np.maximum(memory + compute / x, host) + gap
+        seconds = longer(memory + compute / x, host, rounding) + gap
         return np.asarray(fixed + core * x**exponent - watts * seconds)
 
     low, high = np.full_like(memory, _LOWEST_CLOCK), np.ones_like(memory)
@@ -318,7 +319,13 @@ def clock_under_cap(
         low = np.where(over, low, middle)
     x, solvable = low, low > _LOWEST_CLOCK
     for _ in range(_NEWTON_STEPS):
-        of_seconds = np.where(memory + compute / x > host, compute / x**2, 0.0)
+        gpu = memory + compute / x
+        share_of_gpu = np.where(gpu > host, 1.0, 0.0)
+        if rounding > 0.0:
+            share_of_gpu = 0.5 + 0.5 * (gpu - host) / np.sqrt(
+                (gpu - host) ** 2 + (rounding * host) ** 2
+            )
+        of_seconds = share_of_gpu * compute / x**2
         slope = exponent * core * x ** (exponent - 1.0) + watts * of_seconds
         x = np.minimum(
             x - np.where(solvable, excess(x) / np.where(solvable, slope, 1.0), 0.0), high
@@ -327,26 +334,38 @@ def clock_under_cap(
     return share
 
 
+def longer(gpu: Array, host: Array | float, rounding: float = 0.0) -> Array:
+    """The longer of the GPU's and the host's seconds, rounded where they are nearly equal.
+
+    Within `rounding` of the host's, so that a fit meets no corner; 0 = as the simulator has it.
+    """
+    if rounding <= 0.0:
+        return np.asarray(np.maximum(gpu, host))
+    return np.asarray(0.5 * (gpu + host + np.sqrt((gpu - host) ** 2 + (rounding * host) ** 2)))
+
+
 def step_seconds_and_joules(
     tables: Array,
     calibration: Calibration,
     host_seconds: Array | float = 0.0,
     gap_seconds: Array | float = 0.0,
-    link_watts: Array | float = 0.0,
+    further_watts: Array | float = 0.0,
+    rounding: float = 0.0,
 ) -> tuple[Array, Array]:
     """Time [s] and energy [J] of steps from `OperatorCosts.tables()`, power limit applied.
 
     A step takes the longer of the GPU's and the host's time, and its gap. Where the limit binds
     although nothing is compute-bound, it is stretched until its average power meets the limit.
-    `link_watts` are drawn beyond the calibration's base all the while (`costs.of_group`).
+    `further_watts` are drawn beyond the calibration's base all the while, e.g. by the links of a
+    group (`costs.of_group`). `rounding` : see `longer`.
     """
     memory, compute, fixed, core = tables.T
-    base = calibration.base_watts + link_watts
+    base = calibration.base_watts + further_watts
     x = clock_under_cap(
-        memory, compute, fixed, core, calibration, host_seconds, gap_seconds, link_watts
+        *(memory, compute, fixed, core, calibration),
+        *(host_seconds, gap_seconds, further_watts, rounding),
     )
-    gpu = memory + compute / x
-    seconds = np.maximum(gpu, host_seconds) + gap_seconds
+    seconds = longer(memory + compute / x, host_seconds, rounding) + gap_seconds
     dynamic = fixed + core * x**calibration.clock_energy_exponent
     seconds = np.maximum(seconds, dynamic / (calibration.power_cap_watts - base))
     return seconds, dynamic + base * seconds

@@ -71,6 +71,7 @@ from energymodel.step_costs import (
     pairs,
     pass_parts,
     slowed,
+    stage_joules,
     under_limit,
 )
 
@@ -109,14 +110,14 @@ def round_cost(  # type: ignore[no-untyped-def]
     tokens = checked + prompt_tokens
     rows = checked + prompts
     t, r, d, p, t_row, r_row, t_graph = pass_parts(
-        tokens, rows, check, prompts, decoding, tables[0], 1.0
+        tokens, rows, check, prompts, decoding, tables[0]
     )
     first_tokens = tokens + sequences
     ft, fr, fd, fp, ft_row, fr_row, _ = pass_parts(
-        first_tokens, sequences, first, prompts, decoding, tables[1], 1.0
+        first_tokens, sequences, first, prompts, decoding, tables[1]
     )
     nt, nr, nd, _, nt_row, nr_row, _ = pass_parts(
-        sequences, sequences, further, 0, sequences, tables[2], 1.0
+        sequences, sequences, further, 0, sequences, tables[2]
     )
     memory = t[0] + r[0] + d[0] + p[0] + ft[0] + fr[0] + fd[0] + fp[0]
     compute = t[1] + r[1] + d[1] + p[1] + ft[1] + fr[1] + fd[1] + fp[1]
@@ -132,7 +133,7 @@ def round_cost(  # type: ignore[no-untyped-def]
     elif prompts > 0:
         host_seconds += host[1] - host[0]
     gap = host[9] + (host[3] + host[10]) * sequences + host[7] * prompts
-    gap += host[4] * (1 + draft_tokens) + host[5] * sequences
+    gap += host[4] * (1 + draft_tokens)
     if starting:
         gap += host[6]
     x, g, gpu, stretched = under_limit(
@@ -141,12 +142,14 @@ def round_cost(  # type: ignore[no-untyped-def]
     total = max(gpu, host_seconds) + gap
 
     rest = base * (total - gpu + stretched)
-    by_token = (_joules(t, x, g, base) + rest) / tokens
-    by_row = _joules(r, x, g, base) / rows
-    by_first_token = _joules(ft, x, g, base) / first_tokens
-    by_sequence = _joules(fr, x, g, base) / sequences
-    by_sequence += others * (_joules(nt, x, g, base) + _joules(nr, x, g, base)) / sequences
-    further_attention = others * _joules(nd, x, g, base)
+    by_token = (stage_joules(t, x, g, base, 1.0) + rest) / tokens
+    by_row = stage_joules(r, x, g, base, 1.0) / rows
+    by_first_token = stage_joules(ft, x, g, base, 1.0) / first_tokens
+    by_sequence = stage_joules(fr, x, g, base, 1.0) / sequences
+    by_sequence += (
+        others * (stage_joules(nt, x, g, base, 1.0) + stage_joules(nr, x, g, base, 1.0)) / sequences
+    )
+    further_attention = others * stage_joules(nd, x, g, base, 1.0)
     of_decoding = further[4]
     return (
         total,
@@ -156,13 +159,15 @@ def round_cost(  # type: ignore[no-untyped-def]
         (by_token + by_row) * checked
         + by_first_token * (checked + decoding)
         + by_sequence * decoding,
-        _joules(d, x, g, base) + _joules(fd, x, g, base) + further_attention * of_decoding,
+        stage_joules(d, x, g, base, 1.0)
+        + stage_joules(fd, x, g, base, 1.0)
+        + further_attention * of_decoding,
         by_token * prompt_tokens
         + by_row * prompts
         + by_first_token * (prompt_tokens + prompts)
         + by_sequence * prompts
         + further_attention * (1.0 - of_decoding),
-        _joules(p, x, g, base) + _joules(fp, x, g, base),
+        stage_joules(p, x, g, base, 1.0) + stage_joules(fp, x, g, base, 1.0),
         stretched,
         t_row,
         r_row,
@@ -173,12 +178,6 @@ def round_cost(  # type: ignore[no-untyped-def]
         nt_row,
         nr_row,
     )
-
-
-@compiled
-def _joules(part, x, g, base):  # type: ignore[no-untyped-def]
-    """Energy of a table row at clock share x and core-energy factor g, the base's included."""
-    return part[2] + part[3] * g + base * (part[0] + part[1] / x)
 
 
 @compiled

@@ -97,7 +97,7 @@ def under_limit(memory, compute, fixed, core, host, gap, base, cap, exponent):  
 
 
 @inlined
-def pass_parts(tokens, rows, att, prefills, decodes, tables, pipeline):  # type: ignore[no-untyped-def]
+def pass_parts(tokens, rows, att, prefills, decodes, tables):  # type: ignore[no-untyped-def]
     """Costs of one pass through a model, by what they depend on.
 
     Arguments as in `step_cost`. Returns the four numbers of a table row (memory s, compute s, fixed
@@ -105,10 +105,9 @@ def pass_parts(tokens, rows, att, prefills, decodes, tables, pipeline):  # type:
     row, the row-table row, and whether a captured graph runs the pass.
     """
     token_table, row_table, att_table, phase_table, graph_tokens = tables
-    share = int(np.ceil(tokens / pipeline))
-    row_index = min(int(np.ceil(rows / pipeline)), row_table.shape[0] - 1)
-    in_graph = share < graph_tokens.shape[0]
-    index = graph_tokens[share] if in_graph else share
+    row_index = min(rows, row_table.shape[0] - 1)
+    in_graph = tokens < graph_tokens.shape[0]
+    index = graph_tokens[tokens] if in_graph else tokens
     scale = 1.0
     if index >= token_table.shape[0]:
         scale = index / (token_table.shape[0] - 1)
@@ -119,14 +118,14 @@ def pass_parts(tokens, rows, att, prefills, decodes, tables, pipeline):  # type:
     r2, r3 = row_table[row_index, 2], row_table[row_index, 3]
     d0 = d1 = d2 = d3 = 0.0
     if decodes > 0:
-        a, b = att[0] / pipeline, att[1] / pipeline
+        a, b = att[0], att[1]
         d0 = phase_table[1, 0] + a * att_table[0, 0] + b * att_table[1, 0]
         d1 = phase_table[1, 1] + a * att_table[0, 1] + b * att_table[1, 1]
         d2 = phase_table[1, 2] + a * att_table[0, 2] + b * att_table[1, 2]
         d3 = phase_table[1, 3] + a * att_table[0, 3] + b * att_table[1, 3]
     p0 = p1 = p2 = p3 = 0.0
     if prefills > 0:
-        a, b = att[2] / pipeline, att[3] / pipeline
+        a, b = att[2], att[3]
         p0 = phase_table[0, 0] + a * att_table[2, 0] + b * att_table[3, 0]
         p1 = phase_table[0, 1] + a * att_table[2, 1] + b * att_table[3, 1]
         p2 = phase_table[0, 2] + a * att_table[2, 2] + b * att_table[3, 2]
@@ -140,6 +139,38 @@ def pass_parts(tokens, rows, att, prefills, decodes, tables, pipeline):  # type:
         row_index,
         in_graph,
     )
+
+
+@inlined
+def host_of_step(in_graph, rows, prefills, starting, host):  # type: ignore[no-untyped-def]
+    """Host seconds of a step that the GPU's overlap.
+
+    host: 0 graph step, 1 piecewise step, 2 eager step, 3 per sequence, 4 gap, 5 gap per token of KV
+    cache attended to, 6 gap of a first step, 7 host per new prompt
+    """
+    seconds = host[3] * rows
+    if not in_graph:
+        seconds += host[2]
+    elif prefills > 0:
+        seconds += host[1]
+    else:
+        seconds += host[0]
+    if not starting:
+        seconds += host[7] * prefills
+    return seconds
+
+
+@compiled
+def told_late(cost, tokens, rows, prefills, starting, graph_tokens, host):  # type: ignore[no-untyped-def]
+    """Seconds after the end of a step, whose `cost` this is, at which its tokens are handed out.
+
+    vLLM's engine launches the next step first (`v1/engine/core.py`, `step_with_batch_queue`), here
+    taken as one that decodes as many sequences. Where the GPU is busy for longer than that takes,
+    nobody waits for it.
+    """
+    own = host_of_step(tokens < graph_tokens.shape[0], rows, prefills, starting, host)
+    following = host_of_step(rows < graph_tokens.shape[0], rows, 0, False, host)
+    return max(0.0, following - max(0.0, cost[GPU_SECONDS] - own))
 
 
 @compiled
@@ -159,22 +190,12 @@ def step_cost(  # type: ignore[no-untyped-def]
     """
     base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
     t, r, d, p, index, row_index, in_graph = pass_parts(
-        tokens, rows, att, prefills, decodes, tables, pipeline
+        tokens, rows, att, prefills, decodes, tables
     )
-    # host: 0 graph step, 1 piecewise step, 2 eager step, 3 per sequence, 4 gap, 5 gap per
-    # sequence, 6 gap of a first step, 7 host per new prompt
-    host_seconds = host[3] * rows
-    if not in_graph:
-        host_seconds += host[2]
-    elif prefills > 0:
-        host_seconds += host[1]
-    else:
-        host_seconds += host[0]
-    gap = host[4] + host[5] * rows
+    host_seconds = host_of_step(in_graph, rows, prefills, starting, host)
+    gap = host[4] + host[5] * att[0]
     if starting:
         gap += host[6] + host[7] * prefills
-    else:
-        host_seconds += host[7] * prefills
     x, g, gpu, stretched = under_limit(
         t[0] + r[0] + d[0] + p[0], t[1] + r[1] + d[1] + p[1],
         t[2] + r[2] + d[2] + p[2], t[3] + r[3] + d[3] + p[3],
@@ -182,23 +203,34 @@ def step_cost(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     total = max(gpu, host_seconds) + gap
     rest = base * (total - gpu + stretched)
-    by_token = (t[2] + t[3] * g + base * (t[0] + t[1] / x) + rest) / tokens
-    by_row = (r[2] + r[3] * g + base * (r[0] + r[1] / x)) / rows
+    by_token = (stage_joules(t, x, g, base, pipeline) + rest) / tokens
+    by_row = stage_joules(r, x, g, base, pipeline) / rows
     return (
         total,
         gpu,
         x,
         g,
         (by_token + by_row) * decodes,
-        d[2] + d[3] * g + base * (d[0] + d[1] / x),
+        stage_joules(d, x, g, base, pipeline),
         by_token * (tokens - decodes) + by_row * (rows - decodes),
-        p[2] + p[3] * g + base * (p[0] + p[1] / x),
+        stage_joules(p, x, g, base, pipeline),
         stretched,
         index,
         row_index,
         host_seconds > gpu,
         slowed(gpu, host_seconds, gap),
     )
+
+
+@inlined
+def stage_joules(part, x, g, base, pipeline):  # type: ignore[no-untyped-def]
+    """Energy of a GPU for a table row at clock share x and core-energy factor g, its base included.
+
+    Stages of a pipeline work one after another: vLLM 0.22 schedules a step before the tokens of
+    the one before it are out, and its first stage waits for these. So each stage does its share,
+    and is awake all the while.
+    """
+    return (part[2] + part[3] * g) / pipeline + base * (part[0] + part[1] / x)
 
 
 @compiled

@@ -74,6 +74,7 @@ def predict(
     seed: int = 0,
     trace_format: str | None = None,
     strict: bool = False,
+    host_ratio: float = 1.0,
     calibration: str | Calibration | None = None,
 ) -> Prediction:
     """Predict the energy of serving a request trace.
@@ -137,6 +138,9 @@ def predict(
         Format of a trace file; found from its columns if not given.
     strict : bool
         Refuse a trace file with any bad row.
+    host_ratio : float
+        Host times over those of the calibration's machines [-]: 1.5 for a host that takes half as
+        long again to launch and schedule (`energymodel doctor` compares).
     calibration : str or Calibration, optional
         Name, JSON file or parameters in place of the GPU's own.
 
@@ -177,6 +181,7 @@ def predict(
             dtype=dtype,
             kv_dtype=kv_dtype,
             decoding=decoding,
+            host_ratio=host_ratio,
             calibration=calibration,
             **drafts,
         )

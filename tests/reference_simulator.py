@@ -18,7 +18,7 @@ from energymodel.costs import (
     split_table,
 )
 from energymodel.operators import operator_table, step_stats, window_tokens
-from energymodel.roofline import operator_costs, step_seconds_and_joules
+from energymodel.roofline import clock_under_cap, operator_costs, step_seconds_and_joules
 from energymodel.specs import GpuSpec, ModelSpec, MoeSpec, ServingConfig
 
 TILE = 128
@@ -92,7 +92,9 @@ def step_cost(
     work: list[tuple[Request, int]],
     *,
     starting: bool,
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
+    """Seconds and joules, and how late after its end its tokens are told: the next step is launched
+    first, unless the GPU is busy for longer than that takes."""
     link = 0.0
     if serving.tensor_parallel > 1:  # awake links draw as much between all-reduces as in them
         kernel = calibration.kernels["communication"]
@@ -126,19 +128,27 @@ def step_cost(
     per_sequence = _attention_sequences(model, attention, np.array([len(work)]), gpu, calibration)
     tables = costs.tables() + per_row.tables() + per_sequence.tables()
     stack = calibration.stacks[serving.stack]
-    host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
+    following = host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
     launches = model.num_layers * stack.launch_seconds
+    each_kernel = (stack.kernels_per_layer + of_experts(model, serving)) * launches
+    if not (graphs and len(work) <= max(graphs)):
+        following += each_kernel
     if not in_graph:
-        host += (stack.kernels_per_layer + of_experts(model, serving)) * launches
+        host += each_kernel
     elif prefills:
         host += stack.piecewise_kernels * launches
-    gap = stack.step_gap_seconds + stack.sequence_gap_seconds * len(work)
+    gap = stack.step_gap_seconds
     if starting:
         gap += stack.start_gap_seconds + stack.request_host_seconds * len(prefills)
     else:
         host += stack.request_host_seconds * len(prefills)
     seconds, joules = step_seconds_and_joules(tables, calibration, host, gap, link)
-    return float(seconds[0]), float(joules[0])
+    x = clock_under_cap(*tables.T, calibration, host, gap, link)[0]
+    busy = float(tables[0, 0] + tables[0, 1] / x)
+    if seconds[0] > max(busy, host) + gap:  # stretched to meet the limit
+        busy = float(seconds[0]) - gap
+    late = max(0.0, following - max(0.0, busy - host))
+    return float(seconds[0]), float(joules[0]), late
 
 
 def simulate(
@@ -214,7 +224,7 @@ def simulate(
         if not work:
             cutoff = now
             continue
-        seconds, joules = step_cost(model, serving, gpu, calibration, work, starting=starting)
+        seconds, joules, told = step_cost(model, serving, gpu, calibration, work, starting=starting)
         cutoff = now
         now += seconds
         outcome.joules += joules
@@ -228,6 +238,10 @@ def simulate(
                     outcome.finish[request.index] = now
                     late.append(request)
         running = [r for r in running if r.index not in outcome.finish]
+        if any(r.generated and r.computed == r.known - 1 for r in running):  # a step follows
+            for request in running:
+                if outcome.first_token.get(request.index) == now:
+                    outcome.first_token[request.index] += told
     return outcome
 
 
@@ -364,7 +378,7 @@ def round_cost(
     gap = stack.round_host_seconds
     gap += (stack.sequence_host_seconds + stack.round_sequence_host_seconds) * count
     gap += stack.request_host_seconds * len(chunks)
-    gap += stack.step_gap_seconds * (1 + drafts) + stack.sequence_gap_seconds * count
+    gap += stack.step_gap_seconds * (1 + drafts)
     gap += stack.start_gap_seconds * starting
     seconds, joules = step_seconds_and_joules(tables, calibration, host, gap)
     return float(seconds[0]), float(joules[0])

@@ -50,6 +50,17 @@ def test_the_command_ends_well_whatever_it_finds() -> None:
         assert f"{name} " in outcome.stdout
         assert load_calibration(name).origin in outcome.stdout
     assert "numpy" in outcome.stdout
+    assert "--host-ratio" in outcome.stdout
+
+
+def test_this_host_is_set_beside_those_behind_a_calibration() -> None:
+    behind = load_calibration("h100").provenance["hosts"]["loop_step_seconds"]
+    diagnosis = diagnose(Boards(driver=None, boards=(), problem="no GPU"), 1.5 * behind)
+    ratios = {c.gpu: c.host_ratio for c in diagnosis.calibrations}
+    assert ratios["h100"] == pytest.approx(1.5)
+    assert ratios["h200"] is not None and ratios["h200"] > 1.5  # those hosts are faster
+    unknown = diagnose(Boards(driver=None, boards=(), problem="no GPU"))
+    assert {c.host_ratio for c in unknown.calibrations} == {None}
 
 
 def test_its_json_holds_the_same() -> None:

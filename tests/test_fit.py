@@ -51,6 +51,7 @@ def gemms(clock: float = 1.0) -> KernelRows:
     ones, zeros = np.ones_like(m), np.zeros_like(m)
     return KernelRows(
         board=("",) * m.size,
+        board_idle_watts=zeros,
         name=tuple(f"{a:.0f}x{b:.0f}x{c:.0f}" for a, b, c in zip(m, n, k, strict=True)),
         op_class=("gemm",) * len(m),
         family=tuple(f"{b:.0f}x{c:.0f}" for b, c in zip(n, k, strict=True)),

@@ -50,6 +50,13 @@ def test_norms_of_an_architecture_are_launched(model: str, kernels: float) -> No
     assert launched(model) == pytest.approx(kernels)
 
 
+def test_what_compiled_code_checks_grows_with_the_layers() -> None:
+    stack = replace(STACK, step_gap_seconds=1e-3, layer_gap_seconds=5e-5)
+    spec = load_model("llama-3.1-8b")
+    gap = host_seconds(spec, stack, ServingConfig(stack="transformers-compile"))[4]
+    assert gap == pytest.approx(1e-3 + 32 * 5e-5)
+
+
 def test_eager_norms_of_gemma_run_op_by_op() -> None:
     stack = replace(STACK, norm_kernels=1.0, kernels_per_layer=16.0)
     eager = ServingConfig(stack="vllm-eager")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from calibration.fitting.hosts import FEWEST_MACHINES, Hosts, ratio_of_hosts, read_hosts
-from calibration.fitting.hosts import with_host_times as scaled
 from calibration.validation.rows import DATA
 from energymodel.calibrations import load_calibration
+from energymodel.calibrations import with_host_times as scaled
 
 
 def engine(board: str, step_seconds: float | None) -> str:

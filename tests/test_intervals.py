@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from shapes import calibration, gpu, tiny
 
 from calibration.fitting.fit_errors import bound, narrowest, ratio_errors
-from calibration.fitting.hosts import with_host_times
 from calibration.validation.rows import offline
-from energymodel.calibrations import IntervalCalibration
+from energymodel.calibrations import IntervalCalibration, with_host_times
 from energymodel.workload import predict
 
 INTERVAL = IntervalCalibration(level=0.9, low=1 / 1.03, high=1.03, basis="made up", host_spread=0.4)

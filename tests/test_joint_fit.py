@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from shapes import calibration, gpu, tiny
 from calibration.fitting.joint_fit import joint_fit, predicted_windows
 from calibration.fitting.kernel_windows import kernel_rows, read_windows, reread_bytes
 from calibration.fitting.measured_runs import read_idle, read_own
+from calibration.fitting.measurements import idle_watts, measured_watts, read_measurements
 from calibration.fitting.parameters import (
     PARAMETERS,
     Parameter,
@@ -111,9 +113,42 @@ def test_boards_that_draw_differently_get_levels_of_their_own() -> None:
 
 def test_idle_states_of_serving_runs_are_those_of_a_gpu_with_its_clocks_up() -> None:
     states = read_idle(DATA / "serving", "h100")
-    assert {state for state, _ in states} == {"context", "polling"}
-    assert all(105.0 < watts < 140.0 for _, watts in states)
+    assert {state for _, state, _ in states} == {"context", "polling"}
+    assert all(105.0 < watts < 140.0 for *_, watts in states)
+    assert len({board for board, *_ in states}) > 3
     assert read_idle(DATA / "serving", "a100") == []
+
+
+def test_each_board_counts_alike_in_the_idle_states(tmp_path: Path) -> None:
+    # board a idles 10 W above board b, polling takes 2 W more than a context; b never polled and
+    # was measured three times
+    header = {"kind": "header", "identity": {"gpus": [{"name": "NVIDIA H200"}]}}
+
+    def file(board: str, *idle: tuple[str, float]) -> Path:
+        records = [header | {"identity": {"gpus": [{"name": "NVIDIA H200", "uuid_sha256": board}]}}]
+        for state, watts in idle:
+            window = {"kind": "case", "case": f"idle.{state}", "op_class": "idle", "valid": True}
+            records.append(window | {"power_watts": watts})
+        path = tmp_path / f"{board}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        return path
+
+    a = file("a", ("cold", 80.0), ("context", 130.0), ("polling", 132.0))
+    b = file("b", ("cold", 90.0), *[("context", 120.0)] * 3)
+    states, boards = idle_watts(read_measurements([a, b]))
+    assert states == pytest.approx({"cold": 85.0, "context": 125.0, "polling": 127.0})
+    assert boards == pytest.approx({"a": 5.0, "b": -5.0})
+    assert measured_watts(read_measurements([a, b]))["base_watts"] == pytest.approx(125.0)
+
+
+def test_windows_of_a_board_start_from_what_it_idles_at() -> None:
+    windows = read_windows(WINDOWS)[:20]
+    for window in windows:
+        window["board"] = "warm"
+    plain = kernel_rows(windows, gpu())
+    warm = kernel_rows(windows, gpu(), {"warm": 6.0})
+    more = predicted_windows(warm, gpu(), calibration())[1]
+    np.testing.assert_allclose(more, predicted_windows(plain, gpu(), calibration())[1] + 6.0)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +257,8 @@ def test_only_what_was_measured_is_fitted() -> None:
         return {p.paths[0] for p in parameters_for(start, **(told | changes))}  # type: ignore[arg-type]
 
     alone = names()
-    assert {"kernels.gemm.split_seconds", "joules_per_flop.bf16", "base_watts"} <= alone
+    assert {"kernels.gemm.split_seconds", "joules_per_flop.bf16"} <= alone
+    assert "base_watts" not in alone | names(stacks={"vllm"})  # measured alone
     assert not [n for n in alone if n.startswith("stacks") or "moe" in n or "link" in n]
     assert "kernel_gap_seconds" not in alone
     assert "joules_per_flop.fp8" in names(dtypes={"bf16", "fp8"})

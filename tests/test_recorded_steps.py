@@ -44,7 +44,6 @@ def uneven(**changes: Any) -> Calibration:
     stacks = {
         name: replace(
             stack,
-            sequence_gap_seconds=1e-6,
             draft_host_seconds=3e-4,
             round_host_seconds=1e-3,
             step_host_seconds=(1 + i) * 1e-4,
@@ -108,7 +107,7 @@ def assert_same(deployment: Deployment, requests: Requests, fitted: Calibration)
     return result
 
 
-RAGGED = waiting([700, 30, 1, 400, 90, 1300, 64], [3, 60, 25, 1, 40, 12, 100])
+RAGGED = waiting([700, 30, 1, 400, 90, 1300, 64], [3, 60, 25, 2, 40, 12, 100])
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -122,7 +121,6 @@ def test_a_mix_of_requests_on_every_stack(stack: str, model: ModelSpec) -> None:
     "options",
     [
         {"tensor_parallel": 2},
-        {"pipeline_parallel": 2},
         {"decoding": "sampling"},
         {"decoding": "beam", "beams": 4, "stack": "transformers"},
         {"weight_dtype": "fp8"},

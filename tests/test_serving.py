@@ -591,6 +591,15 @@ def plan_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+STATIC = {"input_tokens": 128, "output_tokens": 32, "batch": 8}
+
+
+def test_cases_are_named_by_how_they_decode() -> None:
+    names = [Case(**STATIC, **how).name for how in ({}, {"top_p": 0.9}, {"beams": 4})]
+    assert names == [f"static-i128-o32-b8{how}" for how in ("", "-p0.9", "-beam4")]
+    assert requests_of(Case(**STATIC, beams=4), Path()).beams == 4
+
+
 @pytest.mark.parametrize("path", sorted(Path("calibration/plans").glob("*.json")), ids=str)
 def test_the_shipped_plans_are_sound(path: Path) -> None:
     plan = load_plan(path)
@@ -611,6 +620,8 @@ def test_the_shipped_plans_are_sound(path: Path) -> None:
         ({"case_sets": {"s": [{"kind": "trace", "trace": "a", "arrivals": "x"}]}}, "arrivals"),
         ({"case_sets": {"s": [{"kind": "steady", "batch": 4}]}}, "either 'trace' or"),
         ({"case_sets": {"t": []}}, "unknown case set 's'"),
+        ({"case_sets": {"s": [{**STATIC, "beams": 2, "top_p": 0.9}]}}, "'beams' of more than 1"),
+        ({"case_sets": {"s": [{**STATIC, "beams": 2}]}}, "run 0: 'beams' is for the stack"),
     ],
 )
 def test_a_plan_that_makes_no_sense_names_the_field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from calibration.serving.step_kernels import Traced, kernels_of, per_step
 from calibration.validation.rows import DATA
 from calibration.validation.step_table import step_table, steps_of
 from energymodel.calibrations import load_calibration
+from energymodel.costs import reorder_seconds
 from energymodel.deployment import deploy
 from energymodel.errors import ConfigurationError
 from energymodel.gpus import load_gpu
+from energymodel.host_times import host_seconds
 from energymodel.operators import operator_table, step_stats
 from energymodel.roofline import operator_costs
 from energymodel.specs import MoeSpec
@@ -351,3 +354,34 @@ def test_prompts_of_transformers_take_what_their_kernels_took(model: str) -> Non
         taken = sum(k["seconds"] for k in each) + gaps
         # OLMo-1B: 11.0 % short until 27 more memory-bound windows were fitted, 11.5 now
         assert predicted == pytest.approx(taken, rel=0.116)
+
+
+@pytest.mark.parametrize("batch_and_input", [(8, 1024), (8, 128)])
+@pytest.mark.parametrize("model", ["olmo-1b", "llama-3.1-8b"])
+def test_the_beams_order_takes_what_its_kernels_took(
+    model: str, batch_and_input: tuple[int, int]
+) -> None:
+    """Kernels of decode steps of Transformers, from torch's profiler on an H200."""
+    records = {
+        (r["model"], r["batch"], r["input_tokens"], r["beams"]): r
+        for r in read_jsonl(DATA / "beams" / "h200.jsonl.gz")
+    }
+    batch, inputs = batch_and_input
+    beams = records[model, batch, inputs, 4]
+    gather = max(k[2] for k in beams["kernels"] if "scatter_gather" in k[0])  # and a tiny one
+    # the traced steps are those of tokens 3 to 8
+    tokens = 4 * batch * (inputs + 4.5)
+    deployment = deploy(gpu="h200", model=model, stack="transformers", decoding="beam:4")
+    each = reorder_seconds(
+        deployment.model, deployment.serving, deployment.gpu, deployment.calibration
+    )
+    assert each * tokens == pytest.approx(gather * 1e-6, rel=0.16)
+    kept = replace(deployment.serving, decoding="greedy", beams=1)
+    stack = deployment.calibration.stacks["transformers"]
+    more = [
+        host_seconds(deployment.model, stack, serving)[2] / stack.launch_seconds
+        for serving in (deployment.serving, kept)
+    ]
+    # as many launches more as there are kernels more than in a step of as many sequences
+    alone = records[model, 4 * batch, 1024, 1]["kernels_per_step"]
+    assert more[0] - more[1] == pytest.approx(beams["kernels_per_step"] - alone, rel=0.03)

@@ -90,8 +90,9 @@ def test_two_requests_with_a_pause_between_them() -> None:
     assert (result.energy_joules_low, result.energy_joules_high) == pytest.approx((43.2, 52.8))
     assert result.interval_level == 0.9
     assert result.steps == 10
-    assert result.ttft_seconds.p50 == pytest.approx(0.01)
-    assert result.tpot_seconds.p99 == pytest.approx(0.01)
+    # the host launches the second step before it hands out the first token
+    assert result.ttft_seconds.p50 == pytest.approx(0.02)
+    assert result.tpot_seconds.p99 == pytest.approx(0.03 / 4)
     assert result.e2e_seconds.p90 == pytest.approx(0.05)
     assert (result.gpus, result.replicas) == (1, 1)
 
@@ -147,6 +148,37 @@ def test_every_gpu_of_a_group_counts(split: str) -> None:
     assert two.active_joules == pytest.approx(2 * one.active_joules)
     assert two.idle_joules == pytest.approx(2 * 80.0)
     assert sum(b.energy_joules for b in two.bins) == pytest.approx(two.energy_joules)
+
+
+def test_stages_of_a_pipeline_take_turns_and_are_awake_throughout() -> None:
+    # vLLM's first stage waits for the tokens of the step before: two stages take as long as one
+    # GPU with all layers. Each does half of the work, and draws the base all the while.
+    requests, free = trace((0.0, 900, 40), (0.0, 300, 60)), calibration()
+    options = {"model": llama_8b(), "calibration": free}
+    one, two = run(requests, **options), run(requests, **options, pipeline_parallel=2)
+    assert two.wall_seconds == pytest.approx(one.wall_seconds, rel=1e-3)  # but for the transfers
+    awake = free.base_watts * one.wall_seconds
+    assert two.active_joules == pytest.approx(one.active_joules + awake, rel=1e-3)
+    flops = [sum(work.executed_flops for work in p.operator_work.values()) for p in (one, two)]
+    assert flops[0] == pytest.approx(flops[1])
+    parts = two.by_component_joules
+    assert parts["hbm"] == pytest.approx(one.by_component_joules["hbm"])
+    # links are awake in a group: so much more on both GPUs
+    kernels = {**free.kernels, "communication": replace(ideal_kernel(), active_watts=25.0)}
+    options["calibration"] = replace(free, kernels=kernels)
+    linked = run(requests, **options, pipeline_parallel=2)
+    more = linked.active_joules - two.active_joules
+    assert more == pytest.approx(2 * 25.0 * two.wall_seconds, rel=1e-3)
+
+
+def test_a_slower_host_takes_its_share_longer() -> None:
+    # ten steps that wait for the host, half as long again
+    result = run(trace((0.0, 10, 5), (1.0, 10, 5)), host_ratio=1.5)
+    assert result.busy_seconds == pytest.approx(0.15)
+    assert result.active_joules == pytest.approx(15.0)
+    assert result.inputs["host_ratio"] == 1.5
+    with pytest.raises(ConfigurationError, match=r"--host-ratio 0: .* between 0\.05 and 20"):
+        run(trace((0.0, 10, 5)), host_ratio=0.0)
 
 
 def test_offline_sends_everything_at_time_0() -> None:

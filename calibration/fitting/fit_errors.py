@@ -40,7 +40,7 @@ _UNTESTED = 0.5
 
 def run_errors(pairs: Pairs) -> dict[str, ErrorSummary]:
     """Errors of joules and seconds of runs, at least one."""
-    joules, seconds, *_ = _predicted(pairs)
+    joules, seconds, _ = _predicted(pairs)
     return {
         "joules": summarize(joules, np.array([run.joules for run, _ in pairs])),
         "seconds": summarize(seconds, np.array([run.seconds for run, _ in pairs])),
@@ -48,8 +48,8 @@ def run_errors(pairs: Pairs) -> dict[str, ErrorSummary]:
 
 
 def _predicted(pairs: Pairs) -> Array:
-    """What `simulated` gives, (4, n); runs of one calibration together, as they share tables."""
-    found = np.empty((4, len(pairs)))
+    """What `simulated` gives, (3, n); runs of one calibration together, as they share tables."""
+    found = np.empty((3, len(pairs)))
     for calibration in {id(c): c for _, c in pairs}.values():
         mine = [i for i, (_, other) in enumerate(pairs) if other is calibration]
         found[:, mine] = simulated([pairs[i][0] for i in mine], calibration)
@@ -93,7 +93,7 @@ def _interval_by_host(held_out: Pairs, left_out: Pairs) -> IntervalCalibration |
     pairs = [*held_out, *left_out]
     if not held_out:
         return None
-    joules, _, _, slow = _predicted(pairs)
+    joules, _, slow = _predicted(pairs)
     errors = _ratio_error(joules, np.array([run.joules for run, _ in pairs]))
     some = int((slow >= _SLOW_HOST_SHARE).sum())
     if some < _FEWEST_RUNS or len(pairs) - some < _ENOUGH_RUNS:

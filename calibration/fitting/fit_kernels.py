@@ -47,6 +47,8 @@ class KernelRows:
     dtype: tuple[str, ...]
     board: tuple[str, ...]
     """Which board each was measured on; empty = unknown."""
+    board_idle_watts: Array
+    """What that board idles at above the mean of its kind [W]; 0 = unknown."""
     flops: Array
     """Useful ones."""
     executed_flops: Array
@@ -440,7 +442,8 @@ def _watt_terms(
         scale[: len(active)] = (work.memory_seconds + work.compute_seconds * slow) / modelled
         scale[len(active) :] = slow
         scale[len(active) + len(flops)] = 1.0  # device memory keeps its clock
-        return np.asarray(calibration.base_watts + value[:-1] @ (terms * scale))
+        base = calibration.base_watts + rows.board_idle_watts
+        return np.asarray(base + value[:-1] @ (terms * scale))
 
     return watts, names, np.array(start)
 

@@ -1,4 +1,4 @@
-"""How fast the hosts of a GPU's machines are, and host times carried from one kind to another.
+"""How fast the hosts of a GPU's machines are, over those of another kind.
 
 No run of the H200 is open to its fit (`data/split.json`), so its host times come from the H100's
 machines. Every engine that was measured timed the same Python loop on its host
@@ -12,13 +12,13 @@ minutes. What a run takes on average follows the mean of them, not the one that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from calibration.metering.windows import read_jsonl
-from energymodel.calibrations import Calibration, StackCalibration
+from energymodel.calibrations import Calibration
 
 FEWEST_MACHINES = 3
 """Machines below which their mean says little about others of their kind."""
@@ -56,15 +56,3 @@ def ratio_of_hosts(own: Hosts | None, start: Calibration) -> float:
     if min(own.machines, other["machines"]) < FEWEST_MACHINES:
         return 1.0
     return float(own.loop_step_seconds / other["loop_step_seconds"])
-
-
-def with_host_times(calibration: Calibration, ratio: float) -> Calibration:
-    """The calibration with every time of the stacks' hosts longer by a ratio."""
-    timed = [f.name for f in fields(StackCalibration) if f.name.endswith("_seconds")]
-    return replace(
-        calibration,
-        stacks={
-            name: replace(stack, **{t: getattr(stack, t) * ratio for t in timed})
-            for name, stack in calibration.stacks.items()
-        },
-    )

@@ -7,9 +7,9 @@ Moves all parameters together, by robust least squares on the log residuals of
 
 each parameter pulled towards its start by a prior as wide as that start is uncertain. Boards of one
 kind draw differently for equal work: where windows are of several, each has a level of its own,
-about that of the calibration, which then is of no board in particular. The
-simulator is part of the residuals: what is fitted is what `energymodel predict` prints, but for
-steps that take the host as long as the GPU, see `recorded_steps.ROUNDING`.
+about that of the calibration, which then is of no board in particular, and the idle power that was
+measured on it. The simulator is part of the residuals: what is fitted is what `energymodel predict`
+prints, but for steps that take the host as long as the GPU, see `recorded_steps.ROUNDING`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ def predicted_windows(
 
     The clock is what the power limit leaves, not the measured one. `levels` are what boards draw
     for equal work, base power apart, over a board that the calibration is of; 1 where not named.
+    The base is that of each row's board (`board_idle_watts`).
     """
     tables = row_tables(row_costs(rows, gpu, calibration))
     if levels:
         level = np.array([levels.get(board, 1.0) for board in rows.board])
         tables = np.concatenate([tables[:, :2], tables[:, 2:] * level[:, None]], axis=1)
-    seconds, joules = step_seconds_and_joules(tables, calibration)
+    seconds, joules = step_seconds_and_joules(
+        tables, calibration, further_watts=rows.board_idle_watts
+    )
     return seconds, joules / seconds
 
 

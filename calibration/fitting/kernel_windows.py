@@ -71,11 +71,16 @@ def read_windows(path: Path) -> list[dict[str, Any]]:
     return windows
 
 
-def kernel_rows(windows: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
-    """Rows of one GPU's windows whose operator class the model knows; repeats are rows too."""
+def kernel_rows(
+    windows: list[dict[str, Any]], gpu: GpuSpec, board_idle: Mapping[str, float] | None = None
+) -> KernelRows:
+    """Rows of one GPU's windows whose operator class the model knows; repeats are rows too.
+
+    `board_idle` : watts that a board idles at above the mean of its kind; 0 where not named.
+    """
     known = set(_CLASS_OF) - {"communication"}
     used = [w for w in windows if w["op_class"] in known and not _is_other(w)]
-    return _rows(used, gpu)
+    return _rows(used, gpu, board_idle or {})
 
 
 def _op_class(window: Mapping[str, Any]) -> str:
@@ -88,17 +93,19 @@ def _is_other(window: Mapping[str, Any]) -> bool:
     return any(window["launcher"].endswith(name) for name in _OTHER_KERNELS)
 
 
-def link_rows(windows: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
+def link_rows(
+    windows: list[dict[str, Any]], gpu: GpuSpec, board_idle: Mapping[str, float] | None = None
+) -> KernelRows:
     """Rows of the all-reduces, watts of one GPU; what passes on the chip is part of the link's."""
     used = [
         {**w, "activation_bytes": 0.0, "power_watts": w["power_watts"] / w["gpus"]}
         for w in windows
         if w["op_class"] == "communication"
     ]
-    return _rows(used, gpu)
+    return _rows(used, gpu, board_idle or {})
 
 
-def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
+def _rows(used: list[dict[str, Any]], gpu: GpuSpec, board_idle: Mapping[str, float]) -> KernelRows:
     work = [_work(w) for w in used]
 
     def column(name: str) -> Array:
@@ -110,6 +117,7 @@ def _rows(used: list[dict[str, Any]], gpu: GpuSpec) -> KernelRows:
         family=tuple(f"{w['op_class']} {w['family']}" for w in used),
         dtype=tuple(compute_dtype(w["dtype"]) for w in used),
         board=tuple(w.get("board", "") for w in used),
+        board_idle_watts=np.array([board_idle.get(w.get("board", ""), 0.0) for w in used]),
         flops=column("flops"),
         executed_flops=column("executed_flops"),
         hbm_bytes=np.array([w["hbm_bytes"] + _rereads(w, gpu) for w in used]),

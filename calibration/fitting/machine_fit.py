@@ -37,16 +37,16 @@ from calibration.fitting.fit_kernels import (
     fit_kernel_seconds,
     summarize,
 )
-from calibration.fitting.hosts import ratio_of_hosts, read_hosts, with_host_times
+from calibration.fitting.hosts import ratio_of_hosts, read_hosts
 from calibration.fitting.joint_fit import JointFit, joint_fit, predicted_windows
 from calibration.fitting.kernel_windows import kernel_rows, link_rows
 from calibration.fitting.measured_runs import read_own
-from calibration.fitting.measurements import Measurements, machine_of, measured_watts
+from calibration.fitting.measurements import Measurements, idle_watts, machine_of, measured_watts
 from calibration.fitting.parameters import parameters_for
 from calibration.fitting.serving_runs import Run, runs_of, usable
 from calibration.validation.rows import is_fitted
 from energymodel import __version__
-from energymodel.calibrations import Calibration, IntervalCalibration
+from energymodel.calibrations import Calibration, IntervalCalibration, with_host_times
 from energymodel.errors import EnergyModelError
 from energymodel.specs import GpuSpec
 
@@ -81,7 +81,8 @@ def fit_machine(
     windows = measured.windows
     origin = f"calibration of the {start.gpu}, origin {start.origin}"
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
-    rows = kernel_rows(windows, gpu)
+    board_idle = idle_watts(measured)[1]
+    rows = kernel_rows(windows, gpu, board_idle)
     rows = rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype])
     families = len(set(rows.family))
     if families < _FEWEST_FAMILIES:
@@ -90,7 +91,7 @@ def fit_machine(
             f"{_FEWEST_FAMILIES} families are needed; run `energymodel calibrate --suite quick`"
         )
     progress(f"{len(rows)} kernel windows of {families} shape families")
-    links = link_rows(windows, gpu)
+    links = link_rows(windows, gpu, board_idle)
     start = fit_link(links, gpu, start)
     errors = window_errors(rows, *held_out_windows(rows, gpu, start))
     found, left_out = read_own(measured.serving_files)
@@ -161,6 +162,7 @@ def fit_machine(
         },
         "spread_between_cards": card_spread([*runs, *others]),
         "parameter_log_std": {key: round(value, 3) for key, value in fit.log_std.items()},
+        "board_idle_watts_above_mean": {key: round(value, 1) for key, value in board_idle.items()},
         "board_levels": {key: round(value, 4) for key, value in fit.board_levels.items()},
         "digits_repeat": fit.converged,
     }
@@ -208,8 +210,9 @@ def fit_link(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> Calibration:
         return start
     kernel = fit_kernel_seconds(large, gpu, start, "communication", keep=("sharpness",))
     own = start.kernels["communication"]
-    spinning = max(0.0, float(rows.watts.min()) - start.base_watts)
-    above = (large.watts - start.base_watts - spinning) * large.seconds / large.link_bytes
+    spinning = max(0.0, float((rows.watts - rows.board_idle_watts).min()) - start.base_watts)
+    waiting = start.base_watts + large.board_idle_watts + spinning
+    above = (large.watts - waiting) * large.seconds / large.link_bytes
     return replace(
         start,
         kernels={

@@ -39,6 +39,7 @@ _MODELLED_ARGUMENTS = {
     "kv_cache_dtype",
     "max_model_len",
     "max_num_batched_tokens",
+    "pipeline_parallel_size",
     "quantization",
     "speculative_config",
     "tensor_parallel_size",
@@ -84,20 +85,21 @@ def read_own(source: Path | Sequence[Path]) -> tuple[list[MeasuredRow], list[Lef
     return rows, [LeftOut(source=OWN, reason=r, rows=n) for r, n in sorted(reasons.items())]
 
 
-def read_idle(source: Path | Sequence[Path], gpu: str) -> list[tuple[str, float]]:
-    """Idle states (`context`, `polling`) of a GPU with an engine up, and their power [W]."""
+def read_idle(source: Path | Sequence[Path], gpu: str) -> list[tuple[str, str, float]]:
+    """Idle states (`context`, `polling`) of a GPU with an engine up: board, state, power [W]."""
     found = []
     for path in _files(source):
-        boards: dict[int, str] = {}
+        boards: dict[int, Mapping[str, Any]] = {}
         for _, record in _records(path, Counter()):
             if record["kind"] == "engine":
-                boards[record["run"]] = record["identity"]["gpus"][0]["name"]
+                boards[record["run"]] = record["identity"]["gpus"][0]
             elif (
                 record["kind"] == "idle"
                 and record["window"]["valid"]
-                and load_gpu(boards[record["run"]]).name == gpu
+                and load_gpu((board := boards[record["run"]])["name"]).name == gpu
             ):
-                found.append((record["case"]["state"], float(record["watts"])))
+                name = str(board.get("uuid_sha256") or path.name)
+                found.append((name, record["case"]["state"], float(record["watts"])))
     return found
 
 
@@ -243,6 +245,8 @@ def _decoding(
 ) -> dict[str, Any]:
     """Arguments of `predict` for other decoding than greedy, one token a step."""
     options: dict[str, Any] = {"decoding": "sampling"} if case.get("top_p") else {}
+    if case.get("beams", 1) > 1:
+        options = {"decoding": f"beam:{case['beams']}"}
     if drafting:
         # the rates: all drafts up to each being accepted; the check gives one token more
         tokens = 1.0 + sum(drafting["acceptance_rates"])
@@ -310,6 +314,7 @@ def _options(
         "max_step_tokens": setting("max_num_batched_tokens"),
         "max_model_len": setting("max_model_len"),
         "tensor_parallel": int(setting("tensor_parallel_size") or 1),
+        "pipeline_parallel": int(setting("pipeline_parallel_size") or 1),
         "kv_dtype": _KV_DTYPES[cache],
         **({"dtype": _QUANTISED[quantised]} if quantised else {}),
         "gpu_memory_utilization": setting("gpu_memory_utilization"),

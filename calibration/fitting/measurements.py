@@ -143,15 +143,17 @@ def _known(boards: Mapping[str, Path], gpu: str | None) -> GpuSpec:
 
 
 def measured_watts(measured: Measurements) -> dict[str, float]:
-    """Idle states, base power and power limit [W], under the names of the calibration."""
-    found: dict[str, list[float]] = {}
-    idle = [(r["case"].removeprefix("idle."), r["power_watts"]) for r in measured.windows]
-    for state, watts in [*idle, *read_idle(measured.serving_files, measured.gpu.name)]:
-        if state in ("cold", "context", "polling"):
-            found.setdefault(f"{state}_idle_watts", []).append(watts)
-    values = {field: float(np.median(watts)) for field, watts in found.items()}
+    """Idle states, base power and power limit [W], under the names of the calibration.
+
+    The base is what a GPU draws that waits with its context open; where nobody measured that, the
+    least that a kernel that does nothing drew. No fit moves it: windows, whose kernels draw more
+    than they are modelled to, would have every run that waits pay for that.
+    """
+    values = {f"{state}_idle_watts": watts for state, watts in idle_watts(measured)[0].items()}
     base = [r["power_watts"] for r in measured.windows if r["op_class"] == "base"]
-    if base:
+    if "context_idle_watts" in values:
+        values["base_watts"] = values["context_idle_watts"]
+    elif base:
         values["base_watts"] = min(base)
     limits = {
         float(watts)
@@ -167,6 +169,38 @@ def measured_watts(measured: Measurements) -> dict[str, float]:
     if limits:
         values["power_cap_watts"] = limits.pop()
     return values
+
+
+def idle_watts(measured: Measurements) -> tuple[dict[str, float], dict[str, float]]:
+    """Power of the idle states on the mean board, and by board how much more it idles at [W].
+
+    Boards of one kind idle up to 15 W apart, and not every state was measured on each. The states
+    with the clocks up are taken as board + state, which least squares find; boards count alike.
+    """
+    cells: dict[tuple[str, str], list[float]] = {}
+    idle = [
+        (str(r.get("board", "")), r["case"].removeprefix("idle."), r["power_watts"])
+        for r in measured.windows
+        if r["op_class"] == "idle"
+    ]
+    for board, state, watts in [*idle, *read_idle(measured.serving_files, measured.gpu.name)]:
+        cells.setdefault((board, state), []).append(watts)
+    median = {cell: float(np.median(watts)) for cell, watts in cells.items()}
+    cold = [watts for (_, state), watts in median.items() if state == "cold"]
+    states = {"cold": float(np.mean(cold))} if cold else {}
+    up = {cell: watts for cell, watts in median.items() if cell[1] in ("context", "polling")}
+    if not up:
+        return states, {}
+    boards, kinds = sorted({b for b, _ in up}), sorted({s for _, s in up})
+    terms = np.array(
+        [
+            *([float(x == b) for x in boards] + [float(x == s) for x in kinds] for b, s in up),
+            [1.0] * len(boards) + [0.0] * len(kinds),  # the boards' mean is 0
+        ]
+    )
+    found = np.linalg.lstsq(terms, np.array([*up.values(), 0.0]), rcond=None)[0].tolist()
+    states |= dict(zip(kinds, found[len(boards) :], strict=True))
+    return states, dict(zip(boards, found, strict=False))
 
 
 def machine_of(measured: Measurements) -> dict[str, Any]:

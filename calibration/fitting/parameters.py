@@ -51,7 +51,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     # 20.3 ms a decode step of lengths met before (llama-3.2-1b) over its 16 layers of 70 kernels
     _stack("launch_seconds", "transformers", "transformers-compile", prior=0.05),
     _stack("start_gap_seconds", "transformers", "transformers-compile", prior=1.0),
-    _stack("step_host_seconds", "transformers-compile", prior=1.0),
+    _stack("step_gap_seconds", "transformers-compile", prior=1.0),
+    _stack("layer_gap_seconds", "transformers-compile", prior=1.0),
     _stack("parallel_host_seconds", "vllm", "vllm-eager", prior=1.0),
     _stack("parallel_sequence_share", "vllm", "vllm-eager", prior=0.5),
     _stack("round_sequence_host_seconds", "vllm", "vllm-eager", prior=1.5),
@@ -112,9 +113,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(paths=("kernels.gemm.hbm_latency_seconds",), prior=0.5),
     Parameter(paths=("kernels.sampling.call_seconds",), prior=1.0),
     # energy
-    # measured alone, on a cool board; windows warm it, by 0.6 W a kelvin where it idles, and would
-    # have runs that wait pay for that
-    Parameter(paths=("base_watts",), prior=0.02),
     Parameter(paths=("joules_per_flop.bf16", "joules_per_flop.fp16"), prior=WIDE),
     Parameter(paths=("joules_per_flop.fp8", "joules_per_flop.int8"), prior=1.0),
     Parameter(paths=("joules_per_hbm_byte",), prior=WIDE),

@@ -48,7 +48,7 @@ def bytes_factor(runs: Sequence[Run], calibration: Calibration) -> float:
             joules_per_hbm_byte=calibration.joules_per_hbm_byte * factor,
             joules_per_onchip_byte=calibration.joules_per_onchip_byte * factor,
         )
-        joules, seconds, *_ = simulated(runs, candidate)
+        joules, seconds, _ = simulated(runs, candidate)
         measured = np.array([run.joules / run.seconds for run in runs])
         return float(np.median(np.log(joules / seconds / measured)))
 

@@ -322,6 +322,7 @@ def _rows(
         family=tuple("x".join(map(str, shape)) for shape in shapes),
         dtype=(dtype,) * count,
         board=("",) * count,
+        board_idle_watts=zeros,
         block_bytes=zeros,
         reductions=zeros,
         calls=np.ones(count),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
 from types import FunctionType
 from typing import Any
 
@@ -28,6 +27,7 @@ from energymodel.costs import (
     host_seconds,
     of_group,
     other_passes,
+    reorder_seconds,
     split_table,
 )
 from energymodel.deployment import Deployment
@@ -70,6 +70,9 @@ class Step:
     """(11,) weights of `costs.host_seconds` in the host's time."""
     gap: Array
     """(11,) weights of them in the gap."""
+    following: Array
+    """(11,) weights of them in the launch of a step after it, see `step_costs.told_late`; 0 where
+    an engine tells tokens at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ def can_be_recorded(requests: Requests) -> bool:
 def record(deployment: Deployment, requests: Requests) -> Recording:
     """Steps in which a replica serves requests that all wait from the start."""
     costs = deployment.costs
-    draft_tokens, pipeline = costs.draft_tokens, deployment.serving.pipeline_parallel
+    draft_tokens = costs.draft_tokens
     kinds = [tables_of(each) for each in (costs, *costs.others)]
     spans: list[tuple[int, Step, Step]] = []
 
@@ -100,7 +103,7 @@ def record(deployment: Deployment, requests: Requests) -> Recording:
     def step_cost(*arguments: Any) -> tuple[Any, ...]:
         *work, starting, tables, _, _ = arguments
         kind = next(i for i, own in enumerate(kinds) if own[0] is tables[0])
-        return cost(_step(kind, kinds[kind], pipeline, *work, starting))
+        return cost(_step(kind, kinds[kind], *work, starting, deployment.static_batches))
 
     def round_cost(*arguments: Any) -> tuple[Any, ...]:
         *work, starting, _, _, _, _ = arguments
@@ -116,6 +119,7 @@ def record(deployment: Deployment, requests: Requests) -> Recording:
         "account": add_steps,
         "add_steps": add_steps,
         "count_passes": lambda *_: None,
+        "told_late": lambda *_: 0.0,
     }
     served = _uncompiled(simulate, hooks)(
         requests.arrival_seconds,
@@ -148,7 +152,6 @@ def _add_pass(
     parts: dict[Part, float],
     kind: int,
     tables: Any,
-    pipeline: int,
     work: tuple[int, int, Sequence[float], int, int],
     times: float = 1.0,
 ) -> bool:
@@ -157,14 +160,14 @@ def _add_pass(
     work : tokens, rows, attention statistics, prefills and decodes, as of `step_costs.pass_parts`
     """
     tokens, _, att, prefills, decodes = work
-    *_, token_row, row_row, in_graph = _pass_parts(*work, tables, pipeline)
+    *_, token_row, row_row, in_graph = _pass_parts(*work, tables)
     # tokens beyond the table's end cost in proportion
-    beyond = 1.0 if in_graph else max(1.0, ceil(tokens / pipeline) / (len(tables[0]) - 1))
+    beyond = 1.0 if in_graph else max(1.0, tokens / (len(tables[0]) - 1))
     found = [("tokens", token_row, beyond), ("rows", row_row, 1.0)]
     for phase, present, stats in ((0, prefills, (2, 3)), (1, decodes, (0, 1))):
         if present:
             found.append(("phases", phase, 1.0))
-            found += [("attention", j, att[j] / pipeline) for j in stats]
+            found += [("attention", j, att[j]) for j in stats]
     for name, number, weight in found:
         key = (kind, name, int(number))
         parts[key] = parts.get(key, 0.0) + times * float(weight)
@@ -174,23 +177,27 @@ def _add_pass(
 def _step(
     kind: int,
     tables: Any,
-    pipeline: int,
     tokens: int,
     rows: int,
     att: Sequence[float],
     prefills: int,
     decodes: int,
     starting: bool,
+    told_at_once: bool,
 ) -> Step:
     """The step as `step_costs.step_cost` costs it."""
     parts: dict[Part, float] = {}
-    in_graph = _add_pass(parts, kind, tables, pipeline, (tokens, rows, att, prefills, decodes))
+    in_graph = _add_pass(parts, kind, tables, (tokens, rows, att, prefills, decodes))
     host, gap = np.zeros((2, _HOST_FIELDS))
     host[_launches(in_graph, prefills)] = 1.0
     host[3] = rows
-    gap[4], gap[5], gap[6] = 1.0, rows, float(starting)
+    gap[4], gap[5], gap[6] = 1.0, att[0], float(starting)
     (gap if starting else host)[7] = prefills
-    return Step(parts, host, gap)
+    following = np.zeros(_HOST_FIELDS)
+    if not told_at_once:
+        following[_launches(rows < len(tables[4]), 0)] = 1.0
+        following[3] = rows
+    return Step(parts, host, gap, following)
 
 
 def _round(
@@ -211,17 +218,17 @@ def _round(
     host, gap = np.zeros((2, _HOST_FIELDS))
 
     served = tokens, checked + prompts, check, prompts, decoding
-    host[_launches(_add_pass(parts, 0, kinds[0], 1, served), prompts)] += 1.0
+    host[_launches(_add_pass(parts, 0, kinds[0], served), prompts)] += 1.0
     host[0] -= 1.0  # the host's time of a round holds it
     drafted = tokens + sequences, sequences, first, prompts, decoding
-    _add_pass(parts, 1, kinds[1], 1, drafted)
+    _add_pass(parts, 1, kinds[1], drafted)
     drafted = sequences, sequences, further, 0, sequences
-    _add_pass(parts, 2, kinds[2], 1, drafted, float(others))
+    _add_pass(parts, 2, kinds[2], drafted, float(others))
     host[8] = draft_tokens
 
     gap[3], gap[7], gap[9], gap[10] = sequences, prompts, 1.0, sequences
-    gap[4], gap[5], gap[6] = 1.0 + draft_tokens, sequences, float(starting)
-    return Step(parts, host, gap)
+    gap[4], gap[6] = 1.0 + draft_tokens, float(starting)
+    return Step(parts, host, gap, np.zeros(_HOST_FIELDS))  # the next round waits for the drafts
 
 
 def _launches(in_graph: bool, prefills: int) -> int:
@@ -284,12 +291,16 @@ class RecordedRuns:
     """(steps, 11 hosts) weights of `costs.host_seconds` of each of `hosts` in the host's time."""
     gap: Any
     """(steps, 11 hosts) weights of them in the gap."""
+    following: Any
+    """(steps, 11 hosts) weights of them in the launch of a step after it, see `Step`."""
     step_hosts: NDArray[np.int64]
     """(steps,) which of `hosts` a step is of."""
     first_steps: NDArray[np.int64]
     """(runs,) first step of each."""
     until_first_token: Array
     """(steps,) share of the step that counts for the run's median TTFT."""
+    first_token: Array
+    """(steps,) share of that median whose tokens the step gives."""
     gpus: Array
     """(runs,) GPUs of a replica."""
 
@@ -306,26 +317,30 @@ class RecordedRuns:
         tables = self.steps @ (self.parts @ self.kernels.tables(apart))
         host = np.concatenate(
             [
-                host_seconds(model, calibration.stacks[serving.stack], serving)
+                host_seconds(
+                    model,
+                    calibration.stacks[serving.stack],
+                    serving,
+                    reorder_seconds(model, serving, self.kernels.gpu, calibration),
+                )
                 for model, serving in self.hosts
             ]
         )
-        longer = _smooth_maximum(tables[:, 0] + tables[:, 1], self.host @ host, rounding)
         link = np.array([g.base_watts - calibration.base_watts for g in groups])
         seconds, joules = step_seconds_and_joules(
-            tables, calibration, longer, self.gap @ host, link[self.step_hosts]
+            *(tables, calibration, self.host @ host, self.gap @ host),
+            *(link[self.step_hosts], rounding),
         )
 
         def by_run(values: Array) -> Array:
             return np.asarray(np.add.reduceat(values, self.first_steps))
 
-        ttft = by_run(seconds * self.until_first_token)
+        busy = seconds - self.gap @ host - self.host @ host  # of the GPU, after the host is done
+        following = self.following @ host
+        missing = following - busy
+        late = 0.5 * (missing + np.sqrt(missing**2 + (rounding * following) ** 2))
+        ttft = by_run(seconds * self.until_first_token + late * self.first_token)
         return by_run(joules) * self.gpus, by_run(seconds), ttft
-
-
-def _smooth_maximum(gpu: Array, host: Array, rounding: float) -> Array:
-    """The longer of the GPU's and the host's seconds, rounded where they are nearly equal."""
-    return 0.5 * (gpu + host + np.sqrt((gpu - host) ** 2 + (rounding * host) ** 2))
 
 
 def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
@@ -334,19 +349,21 @@ def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
     Raises
     ------
     ValueError
-        If the runs are of several GPUs, or requests arrive later.
+        If the runs are of several GPUs or pipeline stages, or requests arrive later.
     """
     from scipy.sparse import csr_array  # noqa: PLC0415
 
     gpu = runs[0][0].gpu
     if any(d.gpu != gpu for d, _ in runs):
         raise ValueError("recorded runs are of one GPU")
+    if any(d.serving.pipeline_parallel > 1 for d, _ in runs):
+        raise ValueError("recorded runs have one pipeline stage")
     if not all(can_be_recorded(requests) for _, requests in runs):
         raise ValueError("steps of requests that arrive over time depend on what steps cost")
     deployments = list({id(d): d for d, _ in runs}.values())
     number = {id(d): i for i, d in enumerate(deployments)}
     columns: dict[tuple[int, Part], int] = {}
-    entries = _Entries(), _Entries(), _Entries()
+    entries = _Entries(), _Entries(), _Entries(), _Entries()
     first_steps, until_first_token, step_hosts = [], [], []
     length = 0
     for deployment, requests in runs:
@@ -359,9 +376,15 @@ def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
             for part, weight in first.parts.items():
                 column = columns.setdefault((d, part), len(columns))
                 entries[0].add(at, column, weight + (last.parts[part] - weight) * share)
-            for matrix, weights in zip(entries[1:], (first.host, first.gap), strict=True):
-                for j in np.flatnonzero(weights):
-                    matrix.add(at, _HOST_FIELDS * d + j, np.full(count, weights[j]))
+            of_host = (
+                (first.host, last.host),
+                (first.gap, last.gap),
+                (first.following, last.following),
+            )
+            for matrix, (start, stop) in zip(entries[1:], of_host, strict=True):
+                for j in np.flatnonzero(start):
+                    weights = start[j] + (stop[j] - start[j]) * share
+                    matrix.add(at, _HOST_FIELDS * d + j, weights)
             length += count
         until_first_token.append(_median_weights(recording, length - first_steps[-1]))
         step_hosts.append(np.full(length - first_steps[-1], d))
@@ -374,9 +397,11 @@ def recorded_runs(runs: Sequence[tuple[Deployment, Requests]]) -> RecordedRuns:
         hosts=tuple((d.model, d.serving) for d in deployments),
         host=csr_array(entries[1].matrix(), shape=hosts),
         gap=csr_array(entries[2].matrix(), shape=hosts),
+        following=csr_array(entries[3].matrix(), shape=hosts),
         step_hosts=np.concatenate(step_hosts),
         first_steps=np.array(first_steps),
         until_first_token=np.concatenate(until_first_token),
+        first_token=np.concatenate([w - np.append(w[1:], 0.0) for w in until_first_token]),
         gpus=np.array([float(d.gpus_per_replica) for d, _ in runs]),
     )
 
@@ -385,9 +410,9 @@ class _Entries:
     """Entries of a sparse matrix."""
 
     def __init__(self) -> None:
-        self.rows: list[NDArray[np.int64]] = []
-        self.columns: list[NDArray[np.int64]] = []
-        self.weights: list[Array] = []
+        self.rows: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self.columns: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self.weights: list[Array] = [np.empty(0)]
 
     def add(self, rows: NDArray[np.int64], column: int, weights: Array) -> None:
         """Add weights (n,) in rows (n,) of one column."""

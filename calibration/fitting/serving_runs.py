@@ -60,13 +60,13 @@ def runs_of(rows: Sequence[MeasuredRow]) -> list[Run]:
     return runs
 
 
-def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Array, Array, Array]:
-    """Joules of all GPUs, seconds, median TTFT, and the share that a slow host would add to joules.
+def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Array, Array]:
+    """Joules of all GPUs, seconds, and the share that a slow host would add to joules.
 
     Each (n,), by run, under a calibration. Slow host: `step_costs.SLOW_HOST_RATIO`.
     """
     tables: dict[int, CostTables] = {}
-    joules, seconds, ttft, slow = np.empty((4, len(runs)))
+    joules, seconds, slow = np.empty((3, len(runs)))
     for i, run in enumerate(runs):
         d = run.deployment
         if id(d) not in tables:
@@ -82,13 +82,12 @@ def simulated(runs: Sequence[Run], calibration: Calibration) -> tuple[Array, Arr
         assert result is not None
         totals = result.totals
         seconds[i] = totals["now"]
-        ttft[i] = np.median(result.first_token_seconds - requests.arrival_seconds)
         joules[i] = totals["prefill_joules"] + totals["decode_joules"]
         joules[i] += totals["idle_seconds"] * calibration.polling_idle_watts
         base_watts = of_group(calibration, d.serving).base_watts
         slow[i] = totals["slow_host_seconds"] * base_watts / joules[i]
         joules[i] *= d.gpus_per_replica
-    return joules, seconds, ttft, slow
+    return joules, seconds, slow
 
 
 def usable(row: MeasuredRow, gpu: str) -> bool:

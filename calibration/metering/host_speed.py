@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _LOOP_STEPS = 300_000
+_SHORT_LOOP_STEPS = 30_000  # a few milliseconds: between two cases
 _LAUNCHES = 400  # below the depth of the GPU's queue, so that no launch waits
 _REPEATS = 5
 
@@ -27,7 +28,7 @@ def host_speed() -> dict[str, Any]:
         `cpu`, `cpu_count`, `python`.
     """
     return {
-        "python_step_seconds": min(_python_loop() for _ in range(_REPEATS)) / _LOOP_STEPS,
+        "python_step_seconds": python_loop_step_seconds(),
         "launch_seconds": _launch_seconds(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
@@ -35,9 +36,19 @@ def host_speed() -> dict[str, Any]:
     }
 
 
-def _python_loop() -> float:
+def python_loop_step_seconds() -> float:
+    """Time of a step of a fixed Python loop, the least of five runs [s]."""
+    return min(_python_loop(_LOOP_STEPS) for _ in range(_REPEATS)) / _LOOP_STEPS
+
+
+def python_step_seconds() -> float:
+    """The same now, from one short run [s]."""
+    return _python_loop(_SHORT_LOOP_STEPS) / _SHORT_LOOP_STEPS
+
+
+def _python_loop(steps: int) -> float:
     started, total, table = time.perf_counter(), 0, {}
-    for i in range(_LOOP_STEPS):
+    for i in range(steps):
         table[i & 255] = total
         total += i % 7
     return time.perf_counter() - started

@@ -12,13 +12,14 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from calibration.metering.host_speed import python_step_seconds
 from calibration.metering.trackers import tracked
 from calibration.metering.windows import Meter, Reading, window_to_json
 from calibration.serving.engine import Engine, RunLog, TimeUpError, clock
@@ -111,6 +112,7 @@ def measure_case(
                 logs.append(engine.run(prepared, deadline))
         return logs
 
+    host_before = python_step_seconds()
     with tracked(plan.tracker, plan.gpu_indices) as tracker:
         result = metered(meter, case.name, work)
     logs: list[RunLog] = result.pop("logs")
@@ -123,6 +125,7 @@ def measure_case(
         "repeats": repeats,
         "joules_per_repeat": result["joules"] / repeats,
         "seconds_per_repeat": result["active_seconds"] / repeats,
+        "python_step_seconds": [host_before, python_step_seconds()],
         **result,
         **_summary(logs, requests),
         **tracker.compared(result["window"]),
@@ -154,7 +157,12 @@ def _warm_up(
     outputs = requests.output_tokens[:count]
     if most_tokens is not None:
         outputs = np.minimum(outputs, most_tokens)
-    short = Requests(np.zeros(count), requests.input_tokens[:count], outputs, top_p=requests.top_p)
+    short = replace(
+        requests,
+        arrival_seconds=np.zeros(count),
+        input_tokens=requests.input_tokens[:count],
+        output_tokens=outputs,
+    )
     return engine.prepare(short, prompts[:count])
 
 

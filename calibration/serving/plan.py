@@ -68,13 +68,16 @@ class Case:
     """Batch sizes of an `experts` or `kernels` case."""
     top_p: float = 0.0
     """Share of probability to sample the next token from; 0 = greedy."""
+    beams: int = 1
+    """Hypotheses of each request of a static case; more than 1 is beam search (Transformers)."""
 
     @property
     def name(self) -> str:
         """Short unique name of the case within its run."""
         if self.kind == "static":
-            sampled = f"-p{self.top_p:g}" if self.top_p else ""
-            return f"static-i{self.input_tokens}-o{self.output_tokens}-b{self.batch}{sampled}"
+            decoding = f"-p{self.top_p:g}" if self.top_p else ""
+            decoding += f"-beam{self.beams}" if self.beams > 1 else ""
+            return f"static-i{self.input_tokens}-o{self.output_tokens}-b{self.batch}{decoding}"
         if self.kind == "trace":
             rate = f"x{self.speed:g}" if self.arrivals == "own" else "offline"
             return f"trace-{Path(self.trace).stem}-{self.first or 'all'}-{rate}"
@@ -133,6 +136,8 @@ class Requests:
     left_out: int = 0
     """Requests of the trace that were too long for the case's limit."""
     top_p: float = 0.0
+    """As of the case."""
+    beams: int = 1
     """As of the case."""
 
     def __len__(self) -> int:
@@ -244,6 +249,10 @@ def _case(raw: dict[str, Any], where: str) -> Case:
         )
     if not 0 <= case.top_p <= 1:
         raise ConfigurationError(f"{where}: 'top_p' lies between 0 and 1, not {case.top_p:g}")
+    if case.beams < 1 or (case.beams > 1 and (case.kind != "static" or case.top_p)):
+        raise ConfigurationError(
+            f"{where}: 'beams' of more than 1 is for a static case without 'top_p'"
+        )
     if case.speed <= 0:
         raise ConfigurationError(f"{where}: 'speed' must be above 0, not {case.speed:g}")
     return case
@@ -271,6 +280,8 @@ def _run(
     )
     if run.stack not in STACKS:
         raise ConfigurationError(f"{where}: {unknown_name('stack', run.stack, STACKS)}")
+    if run.stack != "transformers" and any(case.beams > 1 for case in run.cases):
+        raise ConfigurationError(f"{where}: 'beams' is for the stack transformers alone")
     if run.weights not in ("normal", "dummy"):
         raise ConfigurationError(f"{where}: 'weights' is normal or dummy, not '{run.weights}'")
     return run
@@ -313,6 +324,7 @@ def requests_of(case: Case, folder: Path) -> Requests:
             np.full(case.batch, case.input_tokens),
             np.full(case.batch, case.output_tokens),
             top_p=case.top_p,
+            beams=case.beams,
         )
     arrival, inputs, outputs = _read_trace(folder / case.trace)
     fits = np.ones(len(arrival), dtype=bool)

@@ -6,7 +6,7 @@
 One process for each engine of the plan, one after another; the next one imports its libraries
 while the current one works. Each result is appended to the output as it is known and synced to
 disk, so a run that is killed loses at most the case it was in. A case or an engine that fails
-leaves its error as a record, and the rest goes on. How a case is metered is in `serving_cases`.
+leaves its error as a record, and the rest goes on. How a case is metered is in `cases`.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--plan", type=Path, required=True, help="JSON file, see serving_plan.py")
+    parser.add_argument("--plan", type=Path, required=True, help="JSON file, see plan.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--time-limit-seconds", type=float, default=570.0)
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)

@@ -63,21 +63,26 @@ class TransformersEngine:
                 "the transformers stack runs static cases only: equal requests, all at once"
             )
         ids = torch.tensor(prompts, device=self.device)
-        return ids, int(requests.output_tokens[0]), requests.top_p
+        how: dict[str, Any] = {}
+        if requests.top_p:
+            how = {"do_sample": True, "top_p": requests.top_p, "top_k": 0}
+        elif requests.beams > 1:
+            how = {"num_beams": requests.beams}
+        return ids, int(requests.output_tokens[0]), how
 
     def run(self, prepared: Any, stop_at: float) -> RunLog:
         """Generate a fixed number of tokens for the batch; `stop_at` counts at the start only."""
         import torch  # noqa: PLC0415
 
-        ids, tokens, top_p = prepared
-        sampled = {"do_sample": True, "top_p": top_p, "top_k": 0} if top_p else {}
+        ids, tokens, how = prepared
         if clock() > stop_at:
             raise TimeUpError("time was up before the batch began")
         self._forward_starts.clear()
         batch, length = ids.shape
+        sequences = batch * how.get("num_beams", 1)
         start = clock()
         output = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampled
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **how
         )
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -95,8 +100,8 @@ class TransformersEngine:
             ttft_seconds=np.full(batch, ends[0]),
             finish_seconds=np.full(batch, end - start),
             step_end_seconds=ends,
-            step_tokens=np.array([batch * length] + [batch] * (len(ends) - 1)),
-            step_sequences=np.full(len(ends), batch),
+            step_tokens=np.array([sequences * length] + [sequences] * (len(ends) - 1)),
+            step_sequences=np.full(len(ends), sequences),
         )
 
     def poll(self) -> None:

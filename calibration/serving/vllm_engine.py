@@ -222,6 +222,7 @@ class VllmEngine:
             ),
             "flash_attention_version": _flash_attention_version,
             "tensor_parallel_size": lambda: config.parallel_config.tensor_parallel_size,
+            "pipeline_parallel_size": lambda: config.parallel_config.pipeline_parallel_size,
             "custom_all_reduce": lambda: not config.parallel_config.disable_custom_all_reduce,
             "speculative_config": lambda: _drafting(config.speculative_config),
         }

@@ -90,7 +90,8 @@ def _own(c: Comparison) -> bool:
 
 
 def _vllm(c: Comparison) -> bool:
-    return _own(c) and c.row.stack == "vllm" and c.row.tensor_parallel == 1 and not _trace(c)
+    one = c.row.tensor_parallel * c.row.pipeline_parallel == 1
+    return _own(c) and c.row.stack == "vllm" and one and not _trace(c)
 
 
 def _other_stack(c: Comparison) -> bool:
@@ -99,6 +100,10 @@ def _other_stack(c: Comparison) -> bool:
 
 def _several_gpus(c: Comparison) -> bool:
     return _own(c) and c.row.tensor_parallel > 1
+
+
+def _stages(c: Comparison) -> bool:
+    return _own(c) and c.row.pipeline_parallel > 1
 
 
 def _trace(c: Comparison) -> bool:
@@ -142,6 +147,13 @@ AIMS = (
         rows="own runs, tensor parallel",
         statistic="joules, median |e|",
         belongs=_several_gpus,
+        value=_statistic("joules", "median_abs"),
+        high=0.06,
+    ),
+    Aim(
+        rows="own runs, pipeline parallel",
+        statistic="joules, median |e|",
+        belongs=_stages,
         value=_statistic("joules", "median_abs"),
         high=0.06,
     ),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from calibration.fitting.fit_kernels import ErrorSummary, KernelRows, summarize
 from calibration.fitting.kernel_windows import kernel_rows, link_rows
 from calibration.fitting.machine_fit import fit_link, held_out_windows
-from calibration.fitting.measurements import Measurements, measured_watts
+from calibration.fitting.measurements import Measurements, idle_watts, measured_watts
 from calibration.fitting.transfer import start_from
 from calibration.validation.rows import DATA
 from energymodel.calibrations import Calibration, load_calibration
@@ -99,8 +99,9 @@ def _prepared(measured: Measurements, start: Calibration) -> tuple[KernelRows, C
     """Windows that the model knows, and the start with what is measured apart."""
     gpu = measured.gpu
     start = replace(start, gpu=gpu.name, **measured_watts(measured))
-    start = fit_link(link_rows(measured.windows, gpu), gpu, start)
-    rows = kernel_rows(measured.windows, gpu)
+    board_idle = idle_watts(measured)[1]
+    start = fit_link(link_rows(measured.windows, gpu, board_idle), gpu, start)
+    rows = kernel_rows(measured.windows, gpu, board_idle)
     return rows.pick([d in gpu.peak_flops_per_s for d in rows.dtype]), start
 
 

@@ -69,6 +69,11 @@ class MeasuredRow:
         """GPUs a layer is split over."""
         return int(self.options.get("tensor_parallel", 1))
 
+    @property
+    def pipeline_parallel(self) -> int:
+        """Stages that the layers are dealt to."""
+        return int(self.options.get("pipeline_parallel", 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
@@ -272,6 +277,8 @@ def load_split(path: Path = SPLIT_FILE) -> dict[str, Any]:
 def is_fitted(row: MeasuredRow, split: Mapping[str, Any]) -> bool:
     """Whether the split lets fits use this row; everything that it does not name is held out."""
     fit = split["fit"]
+    if row.pipeline_parallel > 1 or str(row.options.get("decoding")).startswith("beam"):
+        return False
     on_one_gpu, drafting = row.tensor_parallel == 1, "draft_model" in row.options
     return is_power_fitted(row, split) or bool(
         row.source in fit["sources"]

@@ -2,7 +2,7 @@
 
 Rows are read, predicted and grouped; groups get error statistics; recorded error levels
 (`data/error_levels.json`) are what later versions are held to. Reports are written by
-`validation_report.py`.
+`report.py`.
 """
 
 from __future__ import annotations
@@ -166,8 +166,9 @@ def by_source(c: Comparison) -> str:
 
 
 def by_model(c: Comparison) -> str:
-    """Source, model and tensor parallel."""
+    """Source, model and how it is split over GPUs."""
     ways = f" tp{c.row.tensor_parallel}" if c.row.tensor_parallel > 1 else ""
+    ways += f" pp{c.row.pipeline_parallel}" if c.row.pipeline_parallel > 1 else ""
     return f"{c.row.source}, {c.row.gpu}, {c.row.model_name}{ways}"
 
 
