@@ -166,6 +166,8 @@ class Calibration:
     """By stack."""
     provenance: Mapping[str, Any]
     """Machine, driver, versions, date, checksum of the windows, held-out errors."""
+    kernel_watts: float = 0.0
+    """Board power above the base while kernels run one after another, whatever they do [W]."""
     kernel_gap_seconds: float = 0.0
     """What each kernel of a step takes beyond the same kernel repeated alone [s]: it waits for
     another one's last block, and for its own data."""

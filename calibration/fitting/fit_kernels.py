@@ -442,7 +442,7 @@ def _watt_terms(
         scale[: len(active)] = (work.memory_seconds + work.compute_seconds * slow) / modelled
         scale[len(active) :] = slow
         scale[len(active) + len(flops)] = 1.0  # device memory keeps its clock
-        base = calibration.base_watts + rows.board_idle_watts
+        base = calibration.base_watts + calibration.kernel_watts + rows.board_idle_watts
         return np.asarray(base + value[:-1] @ (terms * scale))
 
     return watts, names, np.array(start)

@@ -28,6 +28,8 @@ _SERVING_KINDS = {
     "error",
     "exit",
 }
+_TINY, _LEAST_KERNEL = "tiny", "base.tiny.e32"
+"""State of kernels that do next to nothing, one after another, and the case that measures it."""
 _KERNEL_KINDS = {"header", "case", "software"}
 
 
@@ -145,16 +147,19 @@ def _known(boards: Mapping[str, Path], gpu: str | None) -> GpuSpec:
 def measured_watts(measured: Measurements) -> dict[str, float]:
     """Idle states, base power and power limit [W], under the names of the calibration.
 
-    The base is what a GPU draws that waits with its context open; where nobody measured that, the
-    least that a kernel that does nothing drew. No fit moves it: windows, whose kernels draw more
-    than they are modelled to, would have every run that waits pay for that.
+    The base is what a GPU draws that waits with its context open; where nobody measured that, what
+    kernels that do nothing drew, which is more. No fit moves either: windows, whose kernels draw
+    more than they are modelled to, would have every run that waits pay for that.
     """
-    values = {f"{state}_idle_watts": watts for state, watts in idle_watts(measured)[0].items()}
-    base = [r["power_watts"] for r in measured.windows if r["op_class"] == "base"]
-    if "context_idle_watts" in values:
-        values["base_watts"] = values["context_idle_watts"]
-    elif base:
-        values["base_watts"] = min(base)
+    states = idle_watts(measured)[0]
+    tiny = states.pop(_TINY, None)
+    values = {f"{state}_idle_watts": watts for state, watts in states.items()}
+    if "context" in states:
+        values["base_watts"] = states["context"]
+        if tiny is not None:
+            values["kernel_watts"] = max(0.0, tiny - states["context"])
+    elif tiny is not None:
+        values["base_watts"] = tiny
     limits = {
         float(watts)
         for r in measured.records
@@ -175,7 +180,8 @@ def idle_watts(measured: Measurements) -> tuple[dict[str, float], dict[str, floa
     """Power of the idle states on the mean board, and by board how much more it idles at [W].
 
     Boards of one kind idle up to 15 W apart, and not every state was measured on each. The states
-    with the clocks up are taken as board + state, which least squares find; boards count alike.
+    with the clocks up, tiny kernels back to back among them (`tiny`), are taken as board + state,
+    which least squares find; boards count alike.
     """
     cells: dict[tuple[str, str], list[float]] = {}
     idle = [
@@ -183,12 +189,17 @@ def idle_watts(measured: Measurements) -> tuple[dict[str, float], dict[str, floa
         for r in measured.windows
         if r["op_class"] == "idle"
     ]
+    idle += [
+        (str(r.get("board", "")), _TINY, r["power_watts"])
+        for r in measured.windows
+        if r["case"] == _LEAST_KERNEL
+    ]
     for board, state, watts in [*idle, *read_idle(measured.serving_files, measured.gpu.name)]:
         cells.setdefault((board, state), []).append(watts)
     median = {cell: float(np.median(watts)) for cell, watts in cells.items()}
     cold = [watts for (_, state), watts in median.items() if state == "cold"]
     states = {"cold": float(np.mean(cold))} if cold else {}
-    up = {cell: watts for cell, watts in median.items() if cell[1] in ("context", "polling")}
+    up = {cell: watts for cell, watts in median.items() if cell[1] in ("context", "polling", _TINY)}
     if not up:
         return states, {}
     boards, kinds = sorted({b for b, _ in up}), sorted({s for _, s in up})
