@@ -21,12 +21,12 @@ class Draw:
     """Times that a logit is passed by kernels that the SMs bound, not the memory (`unfused.py`)."""
 
 
-_SORTED = Draw(name="top_p", bytes_per_logit=284.0, kernels=137, slow_passes=12.0)
+_SORTED = Draw(name="top_p", bytes_per_logit=284.0, kernels=145, slow_passes=12.5)
 """Top-p over the sorted vocabulary in torch's operators, as vLLM up to 0.11 and Transformers draw.
 
 So that, as work of the class `elementwise`, it takes what the kernel windows `sampling.sorted` took
-on the H100: within 4 % of the seconds for 64 and 256 rows, -13 and +46 % for 8 and 1; on the H200,
-whose memory is faster and whose SMs are not, -9, -1, -19 and +41 %. Joules of 8 rows and more come
+on the H100: within 4 % of the seconds for 64 and 256 rows, -11 and +54 % for 8 and 1; on the H200,
+whose memory is faster and whose SMs are not, -10, -1, -17 and +47 %. Joules of 8 rows and more come
 out 16 to 43 % low: what a sort draws beyond its bytes is not modelled."""
 
 BEYOND_GREEDY: Mapping[tuple[str, bool], Draw] = {
