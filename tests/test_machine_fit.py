@@ -175,7 +175,7 @@ def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
                 **{"launcher": "all_reduce", "family": "all_reduce", "shape": {"bytes": size}},
                 **{"flops": 0.0, "hbm_bytes": 0.0, "activation_bytes": 2 * size},
                 **{"link_bytes": size, "iteration_seconds": seconds},
-                "power_watts": 2 * (138.61 + 25.0 + 120e-12 * size / seconds),
+                "power_watts": 2 * (126.40 + 25.0 + 120e-12 * size / seconds),
             }
         )
     windows = write(tmp_path / "w.jsonl", some_kernels() + reduces)
