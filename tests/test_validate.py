@@ -279,6 +279,7 @@ def test_serving_records_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "max_step_tokens": 4096,
         "max_model_len": 8192,
         "tensor_parallel": 1,
+        "pipeline_parallel": 1,
         "kv_dtype": None,
         "gpu_memory_utilization": 0.88,  # what `energymodel measure` asks for
     }
