@@ -278,10 +278,10 @@ def doctor(
     """Say what is installed, which GPUs and calibrations there are, and what is missing."""
     with user_errors():
         from calibration.metering.boards import find_boards  # noqa: PLC0415
-        from calibration.metering.host_speed import python_loop_step_seconds  # noqa: PLC0415
+        from calibration.metering.host_speed import python_step_seconds  # noqa: PLC0415
         from energymodel.doctor import diagnose, render_diagnosis  # noqa: PLC0415
 
-        diagnosis = diagnose(find_boards(), python_loop_step_seconds())
+        diagnosis = diagnose(find_boards(), python_step_seconds())
         if format is TableOrJson.json:
             print_text(json.dumps(diagnosis.to_dict(), indent=2))
         else:

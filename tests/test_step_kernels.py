@@ -356,17 +356,15 @@ def test_prompts_of_transformers_take_what_their_kernels_took(model: str) -> Non
         assert predicted == pytest.approx(taken, rel=0.116)
 
 
-@pytest.mark.parametrize("batch_and_input", [(8, 1024), (8, 128)])
+@pytest.mark.parametrize("inputs", [1024, 128])
 @pytest.mark.parametrize("model", ["olmo-1b", "llama-3.1-8b"])
-def test_the_beams_order_takes_what_its_kernels_took(
-    model: str, batch_and_input: tuple[int, int]
-) -> None:
+def test_the_beams_order_takes_what_its_kernels_took(model: str, inputs: int) -> None:
     """Kernels of decode steps of Transformers, from torch's profiler on an H200."""
     records = {
         (r["model"], r["batch"], r["input_tokens"], r["beams"]): r
         for r in read_jsonl(DATA / "beams" / "h200.jsonl.gz")
     }
-    batch, inputs = batch_and_input
+    batch = 8
     beams = records[model, batch, inputs, 4]
     gather = max(k[2] for k in beams["kernels"] if "scatter_gather" in k[0])  # and a tiny one
     # the traced steps are those of tokens 3 to 8
@@ -375,6 +373,7 @@ def test_the_beams_order_takes_what_its_kernels_took(
     each = reorder_seconds(
         deployment.model, deployment.serving, deployment.gpu, deployment.calibration
     )
+    # 0.4 ns an element by kernels of prompts; this one takes 0.36 (1,024 tokens) to 0.46
     assert each * tokens == pytest.approx(gather * 1e-6, rel=0.16)
     kept = replace(deployment.serving, decoding="greedy", beams=1)
     stack = deployment.calibration.stacks["transformers"]

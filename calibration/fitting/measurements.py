@@ -159,7 +159,7 @@ def measured_watts(measured: Measurements) -> dict[str, float]:
         if tiny is not None:
             values["kernel_watts"] = max(0.0, tiny - states["context"])
     elif tiny is not None:
-        values["base_watts"] = tiny
+        values |= {"base_watts": tiny, "kernel_watts": 0.0}  # the base holds them
     limits = {
         float(watts)
         for r in measured.records

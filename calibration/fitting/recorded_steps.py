@@ -35,6 +35,7 @@ from energymodel.operators import OperatorTable, operator_table, step_stats
 from energymodel.roofline import (
     joules_per_flop,
     kernel_costs,
+    longer,
     operator_work,
     step_seconds_and_joules,
 )
@@ -337,8 +338,7 @@ class RecordedRuns:
 
         busy = seconds - self.gap @ host - self.host @ host  # of the GPU, after the host is done
         following = self.following @ host
-        missing = following - busy
-        late = 0.5 * (missing + np.sqrt(missing**2 + (rounding * following) ** 2))
+        late = longer(busy, following, rounding) - busy
         ttft = by_run(seconds * self.until_first_token + late * self.first_token)
         return by_run(joules) * self.gpus, by_run(seconds), ttft
 

@@ -28,7 +28,7 @@ def host_speed() -> dict[str, Any]:
         `cpu`, `cpu_count`, `python`.
     """
     return {
-        "python_step_seconds": python_loop_step_seconds(),
+        "python_step_seconds": python_step_seconds(),
         "launch_seconds": _launch_seconds(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
@@ -36,12 +36,12 @@ def host_speed() -> dict[str, Any]:
     }
 
 
-def python_loop_step_seconds() -> float:
+def python_step_seconds() -> float:
     """Time of a step of a fixed Python loop, the least of five runs [s]."""
     return min(_python_loop(_LOOP_STEPS) for _ in range(_REPEATS)) / _LOOP_STEPS
 
 
-def python_step_seconds() -> float:
+def python_step_seconds_now() -> float:
     """The same now, from one short run [s]."""
     return _python_loop(_SHORT_LOOP_STEPS) / _SHORT_LOOP_STEPS
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from calibration.metering.host_speed import python_step_seconds
+from calibration.metering.host_speed import python_step_seconds_now
 from calibration.metering.trackers import tracked
 from calibration.metering.windows import Meter, Reading, window_to_json
 from calibration.serving.engine import Engine, RunLog, TimeUpError, clock
@@ -112,7 +112,7 @@ def measure_case(
                 logs.append(engine.run(prepared, deadline))
         return logs
 
-    host_before = python_step_seconds()
+    host_before = python_step_seconds_now()
     with tracked(plan.tracker, plan.gpu_indices) as tracker:
         result = metered(meter, case.name, work)
     logs: list[RunLog] = result.pop("logs")
@@ -125,7 +125,7 @@ def measure_case(
         "repeats": repeats,
         "joules_per_repeat": result["joules"] / repeats,
         "seconds_per_repeat": result["active_seconds"] / repeats,
-        "python_step_seconds": [host_before, python_step_seconds()],
+        "python_step_seconds": [host_before, python_step_seconds_now()],
         **result,
         **_summary(logs, requests),
         **tracker.compared(result["window"]),

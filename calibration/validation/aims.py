@@ -155,7 +155,7 @@ AIMS = (
         statistic="joules, median |e|",
         belongs=_stages,
         value=_statistic("joules", "median_abs"),
-        high=0.06,
+        high=0.06,  # as for tensor parallelism; no issue asks for one
     ),
     Aim(
         rows="own trace replays",
