@@ -27,6 +27,7 @@ _FILES = (
     "compiled",
     "step_costs",
     "step_heaps",
+    "kv_cache",
     "requests_in_flight",
     "continuous_batching",
     "static_batching",

@@ -13,8 +13,9 @@ sequence and step:
   offset, and the sums over the batch follow from sums over the offsets.
 - While nothing happens, the costs of steps form an arithmetic series: k steps are taken at once.
 - A sequence's joules are differences of running sums between its first and last step.
-- Sequences wait for their last step in a heap; how many need a new KV block in a step depends on
-  the offset modulo the block size alone, so counts of the residues tell.
+- Sequences wait for their last step in a heap; how many need a new KV block in a step, or give one
+  back that their window left behind, depends on the offset modulo the block size alone, so counts
+  of the residues tell. In vLLM a sequence gives back as its turn comes, here all do so first.
 
 The token budget is at least the batch limit (`simulator.simulate` checks), so that every decoding
 sequence runs in every step, and at most one prompt, the last admitted, is unfinished.
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from energymodel.compiled import compiled
 from energymodel.costs import CostTables
+from energymodel.kv_cache import asked_blocks, held_blocks, left_behind
 from energymodel.requests_in_flight import (
     ABANDONED,
     CACHED,
@@ -106,6 +108,8 @@ class Replica(NamedTuple):
     """Heap of those that fill their sliding window before that, by the step."""
     residues: Ints
     """Decoding sequences by the step, modulo the block size, in which they need a new block."""
+    leaving: Ints
+    """Those that have filled their window, by the step in which it leaves a block behind."""
     preempted: Ints
     """Stack of slots."""
     free_slots: Ints
@@ -116,10 +120,10 @@ class Replica(NamedTuple):
 
 def new_replica(costs: CostTables) -> Replica:
     """An idle replica at time 0."""
-    max_batch, _, blocks, block, *_ = costs.config
+    max_batch, kv = costs.scheduler.max_batch, costs.scheduler.kv
     counts = np.zeros(13, np.int64)
     counts[_PARTIAL] = -1
-    counts[_FREE_BLOCKS] = blocks
+    counts[_FREE_BLOCKS] = kv.blocks
     counts[_FREE_SLOTS] = max_batch
     return Replica(
         totals=np.zeros(len(TOTALS)),
@@ -129,7 +133,8 @@ def new_replica(costs: CostTables) -> Replica:
         slot_floats=np.zeros((max_batch, 6)),
         ending=np.zeros(max_batch, np.int64),
         windowed=np.zeros(max_batch, np.int64),
-        residues=np.zeros(block, np.int64),
+        residues=np.zeros(kv.block_tokens, np.int64),
+        leaving=np.zeros(kv.block_tokens, np.int64),
         preempted=np.zeros(max_batch, np.int64),
         free_slots=np.arange(max_batch, dtype=np.int64)[::-1].copy(),
         chunked=np.zeros(max_batch, np.int64),
@@ -137,36 +142,55 @@ def new_replica(costs: CostTables) -> Replica:
 
 
 @compiled
-def _new_blocks(decoding, residues, step, k):  # type: ignore[no-untyped-def]
-    """KV blocks that decoding sequences take in the k - 1 steps after `step`."""
-    block = residues.shape[0]
-    rounds = (k - 1) // block
-    needed = rounds * decoding
-    for i in range(step + 1 + rounds * block, step + k):
-        needed += residues[i % block]
+def _new_blocks(decoding, filled, residues, leaving, step, k, kv):  # type: ignore[no-untyped-def]
+    """KV blocks that decoding sequences take, less those given back, in k - 1 steps after `step`.
+
+    filled : sequences that have filled their window
+    """
+    groups = kv.full_groups + kv.window_groups
+    rounds = (k - 1) // kv.block_tokens
+    needed = rounds * (groups * decoding - kv.window_groups * filled)
+    for i in range(step + 1 + rounds * kv.block_tokens, step + k):
+        at = i % kv.block_tokens
+        needed += groups * residues[at] - kv.window_groups * leaving[at]
     return needed
 
 
 @compiled
-def _steps_within(free, decoding, residues, step, longest):  # type: ignore[no-untyped-def]
-    """Steps, at most `longest`, that the free blocks allow; those of the first are taken."""
-    block = residues.shape[0]
-    if ((longest - 1) // block + 1) * decoding <= free:
+def _steps_within(  # type: ignore[no-untyped-def]
+    free, wanted, decoding, residues, leaving, step, longest, kv
+):
+    """Steps, at most `longest`, that the free blocks allow; those of the first are taken.
+
+    Where somebody waits for `wanted` blocks, no step after the first has as many.
+    """
+    groups = kv.full_groups + kv.window_groups
+    waits = wanted > 0 and kv.window_groups > 0  # else free blocks only get fewer
+    if not waits and ((longest - 1) // kv.block_tokens + 1) * groups * decoding <= free:
         return longest
-    rounds = free // decoding
-    left = free - rounds * decoding
-    steps = 1 + rounds * block
-    while steps < longest:
-        left -= residues[(step + steps) % block]
-        if left < 0:
-            break
-        steps += 1
-    return min(longest, steps)
+    left = free
+    for steps in range(1, longest):
+        at = (step + steps) % kv.block_tokens
+        left -= groups * residues[at] - kv.window_groups * leaving[at]
+        if left < 0 or (waits and left >= wanted):
+            return steps
+    return longest
 
 
 @compiled
 def advance(  # type: ignore[no-untyped-def]
-    replica, sums, requests, first_id, no_more, tables, host, limits, config, jump, patience, done
+    replica,
+    sums,
+    requests,
+    first_id,
+    no_more,
+    tables,
+    host,
+    limits,
+    scheduler,
+    jump,
+    patience,
+    done,
 ):
     """Serve requests until they run out, or until more must be known about later ones.
 
@@ -177,7 +201,7 @@ def advance(  # type: ignore[no-untyped-def]
     first_id : number of requests[0]
     no_more : these are the last requests. Otherwise at most a batch of them is left over, to be
         handed in again before the next ones
-    tables, host, limits, config : of `costs.CostTables`
+    tables, host, limits, scheduler : of `costs.CostTables`
     jump : take many steps at once where they are alike
     patience : give up once a request has waited this long for admission [s]
     done : room for the requests and a batch more
@@ -187,10 +211,12 @@ def advance(  # type: ignore[no-untyped-def]
     Requests admitted, requests done, and one of SERVED, STUCK, ABANDONED.
     """
     arrival, inputs, _, cached = requests
-    max_batch, budget_tokens, _, block, window, tile = config
+    max_batch, budget_tokens, window, tile, kv = scheduler
+    block, groups = kv.block_tokens, kv.full_groups + kv.window_groups
     totals, counts, clocks = replica.totals, replica.counts, replica.clocks
     ints, floats = replica.slot_ints, replica.slot_floats
-    ending, windowed, residues = replica.ending, replica.windowed, replica.residues
+    ending, windowed = replica.ending, replica.windowed
+    residues, leaving = replica.residues, replica.leaving
     preempted, free_slots, chunked = replica.preempted, replica.free_slots, replica.chunked
     n = arrival.shape[0]
     head = 0
@@ -218,28 +244,32 @@ def advance(  # type: ignore[no-untyped-def]
         if head < n and cutoff - arrival[head] > patience:
             status = ABANDONED
             break
-        # --- sequences that fill their window now
+        # --- blocks that windows have left behind, and sequences that fill their window now
+        free += kv.window_groups * leaving[step % block]
         while n_windowed > 0 and windowed[0] // SLOTS <= step:
+            offset = ints[windowed[0] % SLOTS, _OFFSET]
             below -= 1
-            below_offsets -= ints[windowed[0] % SLOTS, _OFFSET]
+            below_offsets -= offset
+            leaving[(window - 1 - offset) % block] += 1
             pop(windowed, n_windowed)
             n_windowed -= 1
         # --- schedule: running requests first
-        needed = residues[step % block] if decoding > 0 else 0
+        needed = groups * residues[step % block]
         chunk = 0
         held = 0
         if partial >= 0:
             computed = ints[partial, COMPUTED]
             known = ints[partial, INPUT] + ints[partial, GENERATED]
+            free += left_behind(computed, kv) - left_behind(computed - ints[partial, CHUNK], kv)
             chunk = min(known - computed, budget_tokens - decoding)
-            held = (computed + block - 1) // block
-            needed += (computed + chunk + block - 1) // block - held
+            held = held_blocks(computed, computed, kv)
+            needed += held_blocks(computed, computed + chunk, kv) - held
         any_preempted = needed > free
         while needed > free:  # the last admitted gives way
             if partial >= 0:
                 victim = partial
                 computed = ints[victim, COMPUTED]
-                needed -= (computed + chunk + block - 1) // block - held
+                needed -= held_blocks(computed, computed + chunk, kv) - held
                 partial = -1
                 chunk = 0
             else:
@@ -252,15 +282,17 @@ def advance(  # type: ignore[no-untyped-def]
                 decoding -= 1
                 offset = ints[victim, _OFFSET]
                 computed = offset + step
-                held = (computed + block - 1) // block
+                held = held_blocks(computed, computed, kv)
                 offsets -= offset
                 residues[-offset % block] -= 1
                 if -offset % block == step % block:
-                    needed -= 1
+                    needed -= groups
                 if window > 0 and computed + 1 < window:
                     below -= 1
                     below_offsets -= offset
                     n_windowed = drop(windowed, n_windowed, victim)
+                elif window > 0:
+                    leaving[(window - 1 - offset) % block] -= 1
                 ints[victim, GENERATED] = ints[victim, OUTPUT] - (ints[victim, _ENDS] - step)
                 floats[victim, JOULES] += (
                     by_sequence
@@ -293,7 +325,8 @@ def advance(  # type: ignore[no-untyped-def]
                     computed = cached[head]
                 else:
                     break
-                if (known + block - 1) // block > free:
+                chunk = min(known - computed, budget)
+                if asked_blocks(known, computed, chunk, kv) > free:
                     break
                 if slot >= 0:
                     n_preempted -= 1
@@ -302,8 +335,7 @@ def advance(  # type: ignore[no-untyped-def]
                     slot = free_slots[n_free]
                     occupy(slot, requests, head, first_id + head, ints, floats)
                     head += 1
-                chunk = min(known - computed, budget)
-                free -= (computed + chunk + block - 1) // block
+                free -= held_blocks(computed, computed + chunk, kv)
                 budget -= chunk
                 ints[slot, _ORDER] = admitted
                 admitted += 1
@@ -356,19 +388,27 @@ def advance(  # type: ignore[no-untyped-def]
             k = ending[0] // SLOTS - step
             if n_windowed > 0:
                 k = min(k, windowed[0] // SLOTS - step)
+            wanted = 0  # blocks that somebody waits for
             if running < max_batch:
-                # who waits for blocks waits for a sequence to end: free blocks only get fewer
+                # where none are given back, who waits for blocks waits for a sequence to end
                 if n_preempted > 0:
                     slot = preempted[n_preempted - 1]
                     known = ints[slot, INPUT] + ints[slot, GENERATED]
-                    if (known + block - 1) // block <= free:
+                    computed = ints[slot, CACHED]
+                    chunk = min(known - computed, budget)
+                    wanted = asked_blocks(known, computed, chunk, kv)
+                    if wanted <= free:
                         k = 1
-                elif head < n and (inputs[head] + block - 1) // block <= free:
-                    arrives = arrival[head] > cutoff
-                    if not arrives:
-                        k = 1
+                elif head < n:
+                    chunk = min(inputs[head] - cached[head], budget)
+                    wanted = asked_blocks(inputs[head], cached[head], chunk, kv)
+                    if wanted <= free:
+                        arrives = arrival[head] > cutoff
+                        if not arrives:
+                            k = 1
+                        wanted = 0
             if k > 1:
-                k = _steps_within(free, decoding, residues, step, k)
+                k = _steps_within(free, wanted, decoding, residues, leaving, step, k, kv)
         while k > 1:
             att_last = (context + (k - 1) * decoding, near + (k - 1) * below, 0.0, 0.0)
             last = step_cost(tokens, running, att_last, 0, decodes, False, tables, host, limits)
@@ -400,7 +440,8 @@ def advance(  # type: ignore[no-untyped-def]
         end = totals[NOW]
         cutoff = start + 0.5 * k * (first[SECONDS] + last[SECONDS]) - last[SECONDS]
         if k > 1:
-            free -= _new_blocks(decoding, residues, step, k)
+            filled = decoding - below if window > 0 else 0
+            free -= _new_blocks(decoding, filled, residues, leaving, step, k, kv)
         each = 0.0
         per_context = 0.0
         if decodes > 0:
@@ -436,7 +477,7 @@ def advance(  # type: ignore[no-untyped-def]
                 note_done(done, n_done, slot, end, floats[slot, JOULES], ints, floats)
                 n_done += 1
                 late_slots += 1
-                late_blocks += (computed + block - 1) // block
+                late_blocks += held_blocks(computed - chunk, computed, kv)
                 free_slots[n_free] = slot
                 n_free += 1
                 continue
@@ -451,13 +492,16 @@ def advance(  # type: ignore[no-untyped-def]
             decoding += 1
             offsets += offset
             residues[-offset % block] += 1
-            if window > 0 and computed + 1 < window:
+            if window > 0 and computed < window:
                 below += 1
                 below_offsets += offset
                 fills = window - 1 - offset
                 if fills < ends:
                     push(windowed, n_windowed, fills * SLOTS + slot)
                     n_windowed += 1
+            elif window > 0:  # from the next step on, `leaving` tells what it gives back
+                leaving[(window - 1 - offset) % block] += 1
+                free += left_behind(computed - 1, kv) - left_behind(computed - chunk, kv)
         # --- sequences that end
         while decoding > 0 and ending[0] // SLOTS <= step:
             slot = ending[0] % SLOTS
@@ -469,6 +513,8 @@ def advance(  # type: ignore[no-untyped-def]
             if window > 0 and window - 1 - offset >= step:  # it never filled its window
                 below -= 1
                 below_offsets -= offset
+            elif window > 0:
+                leaving[(window - 1 - offset) % block] -= 1
             joules = (
                 floats[slot, JOULES]
                 + by_sequence
@@ -480,7 +526,7 @@ def advance(  # type: ignore[no-untyped-def]
             note_done(done, n_done, slot, end, joules, ints, floats)
             n_done += 1
             late_slots += 1
-            late_blocks += (offset + step + block - 1) // block
+            late_blocks += held_blocks(offset + step - 1, offset + step, kv)
             free_slots[n_free] = slot
             n_free += 1
         # --- first tokens of those that go on

@@ -12,27 +12,27 @@ but for one row per prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from energymodel.acceptance import expected_tokens
 from energymodel.calibrations import Calibration, StackCalibration
-from energymodel.errors import CapacityError, ConfigurationError, unknown_name
+from energymodel.errors import ConfigurationError, unknown_name
 from energymodel.host_times import host_seconds
+from energymodel.kv_cache import KvCache, kv_cache
 from energymodel.operators import (
     OperatorTable,
     kv_bytes_per_token,
-    moe_spec,
     operator_table,
     query_tile_tokens,
     step_stats,
-    weight_bytes,
     window_tokens,
 )
 from energymodel.roofline import OperatorCosts, operator_costs
 from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
-from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT, GIB
+from energymodel.units import BYTES_PER_ELEMENT
 
 Array = NDArray[np.float64]
 
@@ -43,7 +43,19 @@ ATTENTION_STATS = (
     "prefill_window_pairs",
 )
 _ROW_OPERATORS = ("attention_combine", "logits", "sampling", "top_p", "beam_top_k")
-_RESERVED_BYTES = 1.5 * GIB  # CUDA context, graphs and workspaces of the engine (see docs/limits)
+
+
+class SchedulerConfig(NamedTuple):
+    """What the compiled schedulers need to know beside costs."""
+
+    max_batch: int
+    step_tokens: int
+    """Token budget of a step."""
+    window: int
+    """Sliding window [tokens], the widest; 0 = none."""
+    query_tile_tokens: float
+    """Tokens whose queries fill a tile of attention."""
+    kv: KvCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +76,7 @@ class CostTables:
     """(11,) host and gap seconds, see `host_seconds`."""
     limits: Array
     """(4,) base W (`of_group`), power limit W, clock-energy exponent, pipeline stages."""
-    config: tuple[int, int, int, int, int, float]
-    """max batch, tokens a step, KV blocks, tokens a block, sliding window (0 = none), tokens whose
-    queries fill a tile of attention."""
+    scheduler: SchedulerConfig
     beams: int = 1
     draft_tokens: int = 0
     tokens_per_round: float = 1.0
@@ -120,13 +130,12 @@ def cost_tables(
                 float(serving.pipeline_parallel),
             ]
         ),
-        config=(
-            serving.max_batch,
-            serving.max_step_tokens,
-            kv_blocks(model, serving, gpu),
-            serving.block_tokens,
-            window_tokens(model),
-            query_tile_tokens(model, serving),
+        scheduler=SchedulerConfig(
+            max_batch=serving.max_batch,
+            step_tokens=serving.max_step_tokens,
+            window=window_tokens(model),
+            query_tile_tokens=query_tile_tokens(model, serving),
+            kv=kv_cache(model, serving, gpu),
         ),
         beams=serving.beams,
         draft_tokens=0 if draft is None else draft.tokens,
@@ -184,84 +193,21 @@ def reorder_seconds(
 def of_group(calibration: Calibration, serving: ServingConfig) -> Calibration:
     """The calibration of a GPU that serves in such a group.
 
-    Its links are awake all the while, between the all-reduces of a step and while it spins in one
-    or for the stage before it: what small all-reduces draw beyond the base becomes part of it.
+    Its links are awake all the while, between the all-reduces of a step and while it spins in one:
+    what small all-reduces draw beyond a running kernel becomes part of the base. A stage of a
+    pipeline runs a kernel all the while, too: its own, or one that waits to receive (NCCL spins;
+    vLLM 0.22 posts `irecv` before the stage before has begun).
     """
     if serving.tensor_parallel * serving.pipeline_parallel == 1:
         return calibration
     link = calibration.kernels["communication"]
+    running = calibration.kernel_watts if serving.pipeline_parallel > 1 else 0.0
     return replace(
         calibration,
-        base_watts=calibration.base_watts + link.active_watts,
+        base_watts=calibration.base_watts + link.active_watts + running,
+        kernel_watts=calibration.kernel_watts - running,
         kernels={**calibration.kernels, "communication": replace(link, active_watts=0.0)},
     )
-
-
-def kv_blocks(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int:
-    """Blocks of KV cache that fit beside the weights.
-
-    Raises
-    ------
-    CapacityError
-        If the weights leave no room; says how many GPUs would do.
-    """
-    room = _kv_room_bytes(model, serving, gpu)
-    per_token = kv_bytes_per_token(model, serving)
-    if serving.draft is not None:  # a block holds the tokens of both models
-        per_token += kv_bytes_per_token(serving.draft.model, serving)
-    blocks = int(room // (per_token * serving.block_tokens))
-    if blocks < 1:
-        have = serving.tensor_parallel * serving.pipeline_parallel
-        enough = _enough_tensor_parallel(model, serving, gpu)
-        hint = ""
-        if enough is not None:
-            gpus = enough * serving.pipeline_parallel
-            hint = f"; {gpus} GPUs (--tensor-parallel {enough}) would do"
-        drafting = "" if serving.draft is None else f" with draft model {serving.draft.model.name}"
-        raise CapacityError(
-            f"{model.name}{drafting} needs {_weight_bytes(model, serving) / GIB:.1f} GiB of "
-            "weights and "
-            f"{_activation_bytes(model, serving) / GIB:.1f} GiB of activations per GPU on {have} x "
-            f"{gpu.title}, which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
-        )
-    return blocks
-
-
-def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
-    """What a step passes from kernel to kernel [B], rows of the experts among them.
-
-    Of a mixture a token has as many rows as experts: both halves of the up-projection, and the
-    output that is then summed (`fused_moe`, workspaces 13 and 2).
-    """
-    elements = 8.0 * model.hidden_size
-    if (moe := moe_spec(model)) is not None:
-        width = (2.0 if moe.gated else 1.0) * moe.expert_intermediate_size
-        row = width / serving.tensor_parallel + model.hidden_size
-        elements += moe.experts_per_token * row
-    return serving.max_step_tokens * elements * ACTIVATION_BYTES
-
-
-def _kv_room_bytes(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> float:
-    """Memory of one GPU beside weights, activations and the engine; negative if there is none."""
-    usable = serving.gpu_memory_utilization * gpu.hbm_bytes - _RESERVED_BYTES
-    return usable - _activation_bytes(model, serving) - _weight_bytes(model, serving)
-
-
-def _weight_bytes(model: ModelSpec, serving: ServingConfig) -> float:
-    """Weights held by one GPU [B], a draft model's among them."""
-    drafts = 0.0 if serving.draft is None else weight_bytes(serving.draft.model, serving)
-    return weight_bytes(model, serving) + drafts
-
-
-def _enough_tensor_parallel(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int | None:
-    """Fewest GPUs a stage could be split over to leave a twentieth of the memory for KV cache."""
-    for parts in (2, 4, 8, 16, 32, 64):
-        divides = all(group.attention.num_heads % parts == 0 for group in model.layers)
-        if parts > serving.tensor_parallel and divides:
-            room = _kv_room_bytes(model, replace(serving, tensor_parallel=parts), gpu)
-            if room > 0.05 * gpu.hbm_bytes:
-                return parts
-    return None
 
 
 def operator_totals(

@@ -69,9 +69,9 @@ class Deployment:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV cache that fit beside the weights."""
-        _, _, blocks, block_tokens, *_ = self.costs.config
-        return blocks * block_tokens
+        """Tokens of the longest sequence whose KV cache fits beside the weights."""
+        longest = self.costs.scheduler.kv.longest_tokens
+        return self.max_model_len if longest is None else longest
 
     @property
     def max_model_len(self) -> int:

@@ -215,7 +215,7 @@ class _Group:
         self.bins = np.zeros((2, EXACT_GRID.input_edges.size, EXACT_GRID.output_edges.size))
         self.latencies = (LatencyHistogram(), LatencyHistogram(), LatencyHistogram())
         self.last_finish = 0.0
-        self.max_batch = costs.config[0]
+        self.max_batch = costs.scheduler.max_batch
 
     def run(self, piece: tuple[Array, Ints, Ints], first: int, no_more: bool) -> None:
         for place, member in enumerate(self.members):

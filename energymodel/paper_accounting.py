@@ -91,7 +91,7 @@ def serve_in_batches(requests: Requests, deployment: Deployment) -> Served:
     first, finish, joules = np.zeros((3, n))
     runs: list[Simulation] = []
     counts: list[float] = []
-    max_batch, _, blocks, block, *_ = deployment.costs.config
+    scheduler = deployment.costs.scheduler
     cells, member = np.unique(
         np.stack([requests.input_tokens, requests.output_tokens], axis=1),
         axis=0,
@@ -100,8 +100,9 @@ def serve_in_batches(requests: Requests, deployment: Deployment) -> Served:
     for index, (input_tokens, output_tokens) in enumerate(cells):
         members = np.flatnonzero(member.ravel() == index)
         length = int(input_tokens + output_tokens)
-        held = deployment.serving.beams * -(-length // block)  # blocks of a request
-        batch = max(1, min(max_batch, blocks // held))
+        block = scheduler.kv.block_tokens
+        held = deployment.serving.beams * -(-length // block) * block  # tokens of whole blocks
+        batch = min(scheduler.max_batch, scheduler.kv.sequences(held))
         run = simulate(
             np.zeros(batch),
             np.full(batch, input_tokens),

@@ -105,11 +105,11 @@ def simulate(
         first_token, finish, joules = serve_static_batches(*static)
     elif costs.draft_tokens > 0:
         totals, done = np.zeros(len(TOTALS)), new_done(len(arrival))
-        draft_window = costs.others[0].config[4]
+        draft_window = costs.others[0].scheduler.window
         drafted: tuple[Any, ...] = (
             *((arrival, inputs, outputs, _cached(cached_tokens, inputs)), (sums, *others)),
             tuple(tables_of(each) for each in (costs, *costs.others)),
-            *(costs.host, costs.limits, costs.config),
+            *(costs.host, costs.limits, costs.scheduler),
             (costs.draft_tokens, costs.tokens_per_round, draft_window),
             *(jump, float(abandon_seconds), done, totals),
         )
@@ -143,8 +143,8 @@ def simulate(
 
 
 def parameters(costs: CostTables) -> tuple[Any, ...]:
-    """Arguments of the compiled schedulers: tables, host, limits, config."""
-    return tables_of(costs), costs.host, costs.limits, costs.config
+    """Arguments of the compiled schedulers: tables, host, limits, scheduler."""
+    return tables_of(costs), costs.host, costs.limits, costs.scheduler
 
 
 def tables_of(costs: CostTables) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ def _cached(cached_tokens: Ints | None, inputs: Ints) -> Ints:
 
 
 def _check_budget(costs: CostTables) -> None:
-    max_batch, step_tokens, *_ = costs.config
+    max_batch, step_tokens = costs.scheduler.max_batch, costs.scheduler.step_tokens
     if step_tokens < max_batch:
         raise ValueError(f"{step_tokens} tokens a step are too few for {max_batch} sequences")
     if max_batch > MOST_SLOTS:

@@ -138,7 +138,7 @@ def costs_over_batch(
 ) -> DecodeCosts:
     """Costs of plain steps and of rounds from the tables of both, see `decode_costs`."""
     costs = np.empty((4, sequences.size))
-    window, draft_window = plain.config[4], drafted.others[0].config[4]
+    window, draft_window = plain.scheduler.window, drafted.others[0].scheduler.window
     context, drafts, given = context_tokens, drafted.draft_tokens, drafted.tokens_per_round
     tables = tuple(tables_of(each) for each in (drafted, *drafted.others))
     later = float(np.mean([context + given + j for j in range(2, drafts + 1)] or [0.0]))

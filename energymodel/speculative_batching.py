@@ -256,7 +256,7 @@ def _linear_rounds(running, count, ints, per_round, draft_tokens, window):  # ty
 
 @compiled
 def serve_with_drafts(  # type: ignore[no-untyped-def]
-    requests, sums, tables, host, limits, config, drafting, jump, patience, done, totals
+    requests, sums, tables, host, limits, scheduler, drafting, jump, patience, done, totals
 ):
     """Serve requests in order of arrival; returns how many ended, and SERVED, STUCK or ABANDONED.
 
@@ -264,14 +264,15 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
     ----------
     requests : arrival [s], input, output and cached prompt tokens, each (n,)
     sums, tables : of the served model, the draft model's first pass, and its further ones
-    host, limits, config : of `costs.CostTables`
+    host, limits, scheduler : of `costs.CostTables`
     drafting : draft tokens, tokens a round gives on average, the draft model's sliding window
     jump : take many rounds at once where they are alike
     patience : give up once a request has waited this long for admission [s]
     done : as of `continuous_batching.advance`; totals : changed in place
     """
     arrival, inputs, _, cached = requests
-    max_batch, step_tokens, free, block, window, tile = config
+    max_batch, step_tokens, window, tile, kv = scheduler
+    free, block = kv.blocks, kv.block_tokens
     draft_tokens, per_round, draft_window = drafting
     queries = draft_tokens + 1
     reserve = queries + draft_tokens

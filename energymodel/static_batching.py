@@ -29,7 +29,7 @@ from energymodel.step_costs import (
 
 @compiled
 def serve_static_batches(  # type: ignore[no-untyped-def]
-    arrival, inputs, outputs, beams, whole_cache, prompt_tables, tables, host, limits, config,
+    arrival, inputs, outputs, beams, whole_cache, prompt_tables, tables, host, limits, scheduler,
     prompt_sums, sums, totals
 ):  # fmt: skip
     """Serve requests in order of arrival; returns first token s, finish s and J by request.
@@ -37,8 +37,8 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
     prompt_tables, prompt_sums : costs and counts of the steps that compute prompts; `tables` and
     `sums` of those that decode
     """
-    max_batch, window, tile = config[0], config[4], config[5]
-    kv_tokens = config[2] * config[3]
+    max_batch, _, window, tile, kv = scheduler
+    kv_tokens = kv.blocks * kv.block_tokens
     cache = 0
     n = arrival.shape[0]
     first_token = np.zeros(n)

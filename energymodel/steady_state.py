@@ -206,18 +206,20 @@ def estimate(
 
 def _batch(trace: BinnedTrace, deployment: Deployment, context: float) -> int:
     """Sequences in flight at most: the batch limit, or what fits the KV cache."""
-    return max(1, min(deployment.serving.max_batch, int(deployment.kv_tokens / context)))
+    return max(
+        1, min(deployment.serving.max_batch, deployment.costs.scheduler.kv.sequences(context))
+    )
 
 
 @compiled
 def _steps(  # type: ignore[no-untyped-def]
-    batch, context, lengths, prefix_hit, tables, host, limits, config
+    batch, context, lengths, prefix_hit, tables, host, limits, scheduler
 ):
     """Seconds and joules of a step of 0 to `batch` sequences, and what prompts add to it.
 
     Returns (batch + 1,), (batch + 1,), (batch + 1, lengths), (batch + 1, lengths).
     """
-    budget, window, tile = config[1], config[4], config[5]
+    _, budget, window, tile, _ = scheduler
     step_s, step_j = np.zeros(batch + 1), np.zeros(batch + 1)
     prompt_s = np.zeros((batch + 1, lengths.shape[0]))
     prompt_j = np.zeros((batch + 1, lengths.shape[0]))

@@ -14,9 +14,9 @@ from energymodel.calibrations import Calibration
 from energymodel.costs import (
     _attention_rows,
     _attention_sequences,
-    kv_blocks,
     split_table,
 )
+from energymodel.kv_cache import kv_cache
 from energymodel.operators import operator_table, step_stats, window_tokens
 from energymodel.roofline import clock_under_cap, operator_costs, step_seconds_and_joules
 from energymodel.specs import GpuSpec, ModelSpec, MoeSpec, ServingConfig
@@ -34,6 +34,9 @@ class Request:
     computed: int = 0
     generated: int = 0
     blocks: int = 0
+    """Of each group of layers, those that its window left behind among them."""
+    behind: int = 0
+    """Of each group with a window."""
 
     @property
     def known(self) -> int:
@@ -163,8 +166,17 @@ def simulate(
     blocks: int | None = None,
     cached: list[int] | None = None,
 ) -> Outcome:
-    free = kv_blocks(model, serving, gpu) if blocks is None else blocks
+    kv = kv_cache(model, serving, gpu)
+    free = kv.blocks if blocks is None else blocks
     size = serving.block_tokens
+    full, windowed = kv.full_groups, kv.window_groups
+
+    def behind(request: Request) -> int:
+        return max(0, request.computed - kv.window + 1) // size if windowed else 0
+
+    def held(request: Request) -> int:
+        return full * request.blocks + windowed * (request.blocks - request.behind)
+
     cached = cached or [0] * len(arrivals)
     future = [
         Request(i, *row)
@@ -178,7 +190,7 @@ def simulate(
     while future or waiting or running:
         starting = not running
         if starting:
-            free += sum(r.blocks for r in late)
+            free += sum(held(r) for r in late)
             late = []
             if not waiting and future[0].arrival > now:
                 outcome.idle_seconds += future[0].arrival - now
@@ -189,37 +201,49 @@ def simulate(
         budget = serving.max_step_tokens
         work: list[tuple[Request, int]] = []
         preempted = False
+        for request in running:
+            free += windowed * (behind(request) - request.behind)
+            request.behind = behind(request)
         for request in list(running):
             if budget == 0 or request not in running:
                 break
             count = min(request.known - request.computed, budget)
-            needed = ceil((request.computed + count) / size) - request.blocks
+            blocks_then = ceil((request.computed + count) / size)
+            needed = (full + windowed) * (blocks_then - request.blocks)
             while needed > free and request in running:
                 preempted = True
                 victim = running.pop()
-                free += victim.blocks
-                victim.blocks = 0
+                free += held(victim)
+                victim.blocks = victim.behind = 0
                 victim.computed = victim.cached
                 waiting.insert(0, victim)
                 outcome.preemptions += 1
             if request not in running:
                 break
             free -= needed
-            request.blocks += needed
+            request.blocks = blocks_then
             budget -= count
             work.append((request, count))
         while not preempted and waiting and budget and len(running) + len(late) < serving.max_batch:
             request = waiting[0]
-            if ceil(request.known / size) > free:
-                break
             request.computed = request.cached  # a prefix found in the cache is not computed
+            request.behind = behind(request)
             count = min(request.known - request.computed, budget)
+            request.blocks = ceil(request.known / size)
+            whole = full * request.blocks
+            if windowed:
+                longest = serving.max_model_len or model.max_model_len
+                most = ceil(min(kv.window - 1 + serving.max_step_tokens, longest) / size) + 1
+                whole += windowed * max(0, min(request.blocks, most) - request.behind)
             request.blocks = ceil((request.computed + count) / size)
-            free -= request.blocks
+            if max(whole, held(request)) > free:
+                request.blocks = request.behind = 0
+                break
+            free -= held(request)
             budget -= count
             running.append(waiting.pop(0))
             work.append((request, count))
-        free += sum(r.blocks for r in late)
+        free += sum(held(r) for r in late)
         late = []
         if not work:
             cutoff = now

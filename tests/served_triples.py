@@ -38,6 +38,12 @@ def cached_tokens(shares: list[float], triples: Triples) -> list[int]:
     return [int(share * (i - 1)) for share, (_, i, _) in zip(shares, triples, strict=False)]
 
 
+def with_blocks(costs: CostTables, blocks: int) -> CostTables:
+    """The costs where so many blocks of KV cache are free."""
+    kv = costs.scheduler.kv._replace(blocks=blocks)
+    return replace(costs, scheduler=costs.scheduler._replace(kv=kv))
+
+
 def serve(
     triples: Triples,
     model: ModelSpec,
@@ -50,8 +56,7 @@ def serve(
 ) -> tuple[Simulation, CostTables]:
     costs = cost_tables(model, serving, gpu(), calibration)
     if blocks is not None:
-        batch, tokens, _, size, window, tile = costs.config
-        costs = replace(costs, config=(batch, tokens, blocks, size, window, tile))
+        costs = with_blocks(costs, blocks)
     arrivals, inputs, outputs = (np.array(column) for column in zip(*triples, strict=True))
     result = simulate(
         arrivals.astype(float),

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served_triples import with_blocks
 from shapes import calibration, gpu, tiny
 
 from calibration.fitting.kernel_windows import read_windows
 from calibration.validation.rows import DATA
 from energymodel.calibrations import load_calibration
-from energymodel.costs import cost_tables, kv_blocks
+from energymodel.costs import cost_tables
 from energymodel.deployment import STACKS
 from energymodel.errors import ConfigurationError
 from energymodel.gpus import load_gpu
+from energymodel.kv_cache import kv_cache
 from energymodel.models import load_model
 from energymodel.operators import STATS, OperatorTable, operator_table, step_stats
 from energymodel.results import Prediction
@@ -152,7 +153,7 @@ def test_more_beams_cost_more_and_one_is_greedy() -> None:
 def test_beams_fill_the_cache() -> None:
     serving = ServingConfig(stack="transformers", beams=4, decoding="beam", max_batch=64)
     costs = cost_tables(tiny(), serving, gpu(), calibration())
-    costs = replace(costs, config=(64, 8192, 100, 16, 0, 128.0))  # 1600 tokens: 400 of each beam
+    costs = with_blocks(costs, 100)  # 1600 tokens: 400 of each beam
     result = simulate(np.zeros(6), np.full(6, 100), np.full(6, 33), costs, static_batches=True)
     assert result is not None
     assert result.totals["steps"] == 2 * 33  # three requests of 4 x 133 tokens fit at once
@@ -231,7 +232,7 @@ def test_a_calibration_without_the_stack_says_what_it_has(field: str) -> None:
 
 def test_room_for_the_cache_does_not_depend_on_the_strategy() -> None:
     blocks = {
-        kv_blocks(tiny(), ServingConfig(stack="transformers", decoding=d), gpu())  # type: ignore[arg-type]
+        kv_cache(tiny(), ServingConfig(stack="transformers", decoding=d), gpu())  # type: ignore[arg-type]
         for d in ("greedy", "sampling")
     }
     assert len(blocks) == 1

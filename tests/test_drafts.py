@@ -26,9 +26,10 @@ from typer.testing import CliRunner
 
 from energymodel.accounting import DRAFT_PREFIX
 from energymodel.cli import app
-from energymodel.costs import CostTables, kv_blocks
+from energymodel.costs import CostTables
 from energymodel.deployment import deploy
 from energymodel.errors import ConfigurationError
+from energymodel.kv_cache import kv_cache
 from energymodel.operators import kv_bytes_per_token, weight_bytes
 from energymodel.results import Prediction
 from energymodel.simulator import Simulation
@@ -175,10 +176,10 @@ def test_a_round_that_waits_for_the_host_by_hand() -> None:
 def test_the_draft_model_takes_memory() -> None:
     plain = ServingConfig()
     drafted = serving_with(4, 0.5, max_step_tokens=plain.max_step_tokens)
-    room = kv_blocks(tiny(), plain, gpu()) * 16 * kv_bytes_per_token(tiny(), plain)
+    room = kv_cache(tiny(), plain, gpu()).blocks * 16 * kv_bytes_per_token(tiny(), plain)
     per_block = kv_bytes_per_token(tiny(), plain) + kv_bytes_per_token(SMALL, plain)
     expected = (room - weight_bytes(SMALL, plain)) / (16 * per_block)
-    assert kv_blocks(tiny(), drafted, gpu()) == pytest.approx(expected, abs=2)
+    assert kv_cache(tiny(), drafted, gpu()).blocks == pytest.approx(expected, abs=2)
 
 
 # --- predict -----------------------------------------------------------------------------------

@@ -160,13 +160,14 @@ def test_eight_bit_products_get_their_own_efficiency_and_energy(tmp_path: Path) 
 
 
 def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
-    """Made up: 300 GB/s, 120 pJ/B and 25 W above the board's base on each of two boards.
+    """Made up: 300 GB/s, 120 pJ/B and 25 W above a board whose kernels do nothing, on each of two.
 
     The time of small messages stays the start's: a serving engine sends them another way.
     """
     some = next(r for r in some_kernels() if r.get("op_class") == "gemm")
     alone = read_measurements([write(tmp_path / "alone.jsonl", some_kernels())])
-    base = measured_watts(alone)["base_watts"]
+    own = measured_watts(alone)
+    running = own["base_watts"] + own["kernel_watts"]
     reduces = []
     for size in (2.0**14, 2.0**17, 2.0**20, 2.0**23, 2.0**26, 2.0**29):
         seconds = 9e-6 + size / 300e9
@@ -177,7 +178,7 @@ def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
                 **{"launcher": "all_reduce", "family": "all_reduce", "shape": {"bytes": size}},
                 **{"flops": 0.0, "hbm_bytes": 0.0, "activation_bytes": 2 * size},
                 **{"link_bytes": size, "iteration_seconds": seconds},
-                "power_watts": 2 * (base + 25.0 + 120e-12 * size / seconds),
+                "power_watts": 2 * (running + 25.0 + 120e-12 * size / seconds),
             }
         )
     windows = write(tmp_path / "w.jsonl", some_kernels() + reduces)
@@ -190,7 +191,7 @@ def test_all_reduces_tell_the_link(tmp_path: Path) -> None:
     start = load_calibration("h100").kernels["communication"]
     assert kernel.call_seconds == pytest.approx(start.call_seconds, rel=1e-5)
     assert fitted.joules_per_link_byte == pytest.approx(120e-12, rel=0.02)
-    assert kernel.active_watts == pytest.approx(25.0, abs=0.5)  # what waiting in one draws
+    assert kernel.active_watts == pytest.approx(25.0, abs=0.5)  # what awake links draw
     assert fitted.provenance["kernel_windows"]["communication"] == 6
     assert "communication" not in fitted.provenance["classes_not_measured"]
 

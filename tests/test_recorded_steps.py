@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served_triples import with_blocks
 from shapes import KERNEL_CLASSES, calibration, gpu, ideal_kernel, llama_8b, tiny
 
 from calibration.fitting.recorded_steps import can_be_recorded, record, recorded_runs
 from energymodel.calibrations import Calibration
-from energymodel.costs import CostTables, cost_tables
+from energymodel.costs import cost_tables
 from energymodel.deployment import STACKS, Deployment, with_drafts
 from energymodel.errors import ConfigurationError
 from energymodel.simulator import simulate
@@ -62,15 +63,10 @@ def deployed(
     if draft is not None:
         config = with_drafts(config, draft)
     made_with = calibration()
-    costs = _with_blocks(cost_tables(model, config, gpu(), made_with), blocks)
+    costs = cost_tables(model, config, gpu(), made_with)
+    if blocks is not None:
+        costs = with_blocks(costs, blocks)
     return Deployment(gpu=gpu(), model=model, serving=config, calibration=made_with, costs=costs)
-
-
-def _with_blocks(costs: CostTables, blocks: int | None) -> CostTables:
-    if blocks is None:
-        return costs
-    batch, tokens, _, block, window, tile = costs.config
-    return replace(costs, config=(batch, tokens, blocks, block, window, tile))
 
 
 def waiting(inputs: list[int], outputs: list[int]) -> Requests:
@@ -89,7 +85,7 @@ def served(deployment: Deployment, requests: Requests, fitted: Calibration) -> A
         requests.arrival_seconds,
         requests.input_tokens,
         requests.output_tokens,
-        _with_blocks(costs, d.costs.config[2]),
+        with_blocks(costs, d.costs.scheduler.kv.blocks),
         static_batches=d.static_batches,
     )
     assert result is not None
@@ -168,7 +164,7 @@ def test_rounds_with_drafts_under_the_power_limit() -> None:
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 90)), min_size=1, max_size=25),
     stack=st.sampled_from(STACKS),
-    blocks=st.sampled_from([None, 120]),
+    blocks=st.sampled_from([None, 240]),
     hosts=st.sampled_from([0.1, 1.0, 3.0]),
 )
 def test_any_requests(

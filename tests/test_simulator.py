@@ -22,6 +22,7 @@ from served_triples import (
 from shapes import calibration, gpu, tiny
 
 from energymodel.costs import CostTables, cost_tables, operator_totals
+from energymodel.kv_cache import kv_cache
 from energymodel.operators import operator_table
 from energymodel.simulator import PassCounts, Simulation, simulate
 from energymodel.specs import ModelSpec, ServingConfig
@@ -41,6 +42,12 @@ def run(
 ) -> tuple[Simulation, CostTables]:
     fitted = calibration(power_cap_watts=cap)
     return serve(triples, model, serving, fitted, blocks=blocks, jump=jump, cached=cached)
+
+
+def with_layers(model: ModelSpec, counts: tuple[int, int]) -> ModelSpec:
+    """The model of two kinds of layers with so many of each."""
+    kinds = zip(model.layers, counts, strict=True)
+    return replace(model, layers=tuple(replace(g, count=n) for g, n in kinds if n))
 
 
 def counted(result: Simulation, kind: int = 0) -> dict[str, Any]:
@@ -64,7 +71,8 @@ def test_equals_the_plain_simulator(
     )
     triples = ordered(triples)
     # blocks for the longest request and a little more: preemption happens
-    blocks = max(-(-(i + o) // 16) for _, i, o in triples) + 6
+    groups = 2 if shape == "window" else 1  # of layers, each with blocks of its own
+    blocks = groups * max(-(-(i + o) // 16) for _, i, o in triples) + 6
     result, _ = run(model, triples, serving, blocks=blocks)
     arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
     expected = simulate_plainly(
@@ -80,18 +88,38 @@ def test_equals_the_plain_simulator(
     assert_served_alike(result, expected)
 
 
-@pytest.mark.parametrize(("budget", "batch"), [(4, 4), (5, 4), (64, 1), (7, 6)])
+@pytest.mark.parametrize(
+    ("budget", "batch", "layers"),
+    [
+        (4, 4, (1, 1)),
+        (5, 4, (1, 5)),
+        (64, 1, (1, 1)),
+        (7, 6, (3, 2)),
+        (64, 4, (1, 3)),
+        (9, 6, (0, 1)),
+    ],
+)
 @settings(max_examples=15)
 @given(triples=requests, spare=st.integers(0, 20), shares=st.lists(st.floats(0, 1), min_size=8))
 def test_equals_the_plain_simulator_where_it_is_tight(
-    budget: int, batch: int, triples: list[tuple[float, int, int]], spare: int, shares: list[float]
+    budget: int,
+    batch: int,
+    layers: tuple[int, int],
+    triples: list[tuple[float, int, int]],
+    spare: int,
+    shares: list[float],
 ) -> None:
-    """Few tokens a step, few blocks, and prompts that are partly in the prefix cache."""
+    """Few tokens a step, few blocks, and prompts that are partly in the prefix cache.
+
+    layers : those that keep the whole context, and those with a window
+    """
     serving = replace(SMALL, max_step_tokens=budget, max_batch=batch)
     triples = ordered(triples)
     cached = cached_tokens(shares, triples)
-    blocks = max(-(-(i + o) // 16) for _, i, o in triples) + spare
-    model = tiny(window=50)
+    model = with_layers(tiny(window=50), layers)
+    kv = kv_cache(model, serving, gpu())
+    groups = kv.full_groups + kv.window_groups
+    blocks = groups * max(-(-(i + o) // 16) for _, i, o in triples) + spare
     result, _ = run(model, triples, serving, blocks=blocks, cached=cached)
     arrivals, inputs, outputs = (list(c) for c in zip(*triples, strict=True))
     expected = simulate_plainly(

@@ -663,7 +663,7 @@ def test_the_share_of_memory_that_an_engine_may_use_is_room_for_kv_cache() -> No
     more = kv_bytes(1.0) - kv_bytes(0.5)
     assert more == pytest.approx(0.5 * load_gpu("h100").hbm_bytes, abs=block)
     same = deploy(gpu="h100", model="llama-3.1-8b")
-    assert kv_bytes(0.9) / block == same.costs.config[2]
+    assert kv_bytes(0.9) / block == same.costs.scheduler.kv.blocks
     with pytest.raises(CapacityError, match="leaves no room for KV cache"):
         kv_bytes(0.01)
     assert run(BUSY, gpu_memory_utilization=0.8).inputs["gpu_memory_utilization"] == 0.8

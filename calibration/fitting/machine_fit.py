@@ -202,23 +202,24 @@ def fit_link(rows: KernelRows, gpu: GpuSpec, start: Calibration) -> Calibration:
     """Calibration with rate and joules of the link fitted to large all-reduces, if there are some.
 
     They are one shape family: nothing is held out. Small messages take another way in a serving
-    engine, whose time only its runs tell; what they draw beyond the base is what waiting in an
-    all-reduce draws. Joules per byte are what large ones drew beyond both.
+    engine, whose time only its runs tell; what they draw beyond the base and a running kernel's
+    watts is what awake links draw. Joules per byte are what large ones drew beyond all three.
     """
     large = rows.pick(rows.link_bytes >= _NCCL_BYTES)
     if len(large) < _FEWEST_LINK_ROWS:
         return start
     kernel = fit_kernel_seconds(large, gpu, start, "communication", keep=("sharpness",))
     own = start.kernels["communication"]
-    spinning = max(0.0, float((rows.watts - rows.board_idle_watts).min()) - start.base_watts)
-    waiting = start.base_watts + large.board_idle_watts + spinning
+    running = start.base_watts + start.kernel_watts
+    awake = max(0.0, float((rows.watts - rows.board_idle_watts).min()) - running)
+    waiting = running + large.board_idle_watts + awake
     above = (large.watts - waiting) * large.seconds / large.link_bytes
     return replace(
         start,
         kernels={
             **start.kernels,
             "communication": replace(
-                own, memory_efficiency=kernel.memory_efficiency, active_watts=spinning
+                own, memory_efficiency=kernel.memory_efficiency, active_watts=awake
             ),
         },
         joules_per_link_byte=float(max(0.0, np.median(above))),

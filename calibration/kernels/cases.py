@@ -411,6 +411,10 @@ _OTHER_WIDTHS = ((2048, 8192), (5120, 25600))
 """Hidden size and MLP width of Llama-3.2-1B and Qwen3-32B, beside those of Llama-3.1-8B."""
 
 
+_SAMPLING = (("greedy", 10.0), ("random", 34.0), ("sorted", 90.0), ("top_p", 50.0))
+"""Ways to choose a token, and bytes of a logit: a sort or a filter counts as one pass over it."""
+
+
 def _elementwises() -> Iterator[Case]:
     hidden, mlp, vocab, query, kv, width = 4096, 14336, 128256, 32, 8, 128
     for tokens in (8, 64, 1024, 8192):
@@ -429,8 +433,7 @@ def _elementwises() -> Iterator[Case]:
             "embedding", tokens, 2 * hidden * _BF16, late, hidden=hidden, vocab=vocab
         )
     for rows in (1, 8, 64, 256):
-        # sorted: a sort counts as one pass over numbers and places
-        for kind, per_logit in (("greedy", 10.0), ("random", 34.0), ("sorted", 90.0)):
+        for kind, per_logit in _SAMPLING:
             yield Case(
                 name=f"sampling.{kind}.r{rows}",
                 op_class="sampling",

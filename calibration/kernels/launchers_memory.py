@@ -179,6 +179,27 @@ def sample_random(case: Case, bed: Bed) -> Work:
     return Work(call=call)
 
 
+def sample_top_p(case: Case, bed: Bed) -> Work:
+    """Token drawn from the most likely ones that hold `top_p`, as vLLM does without FlashInfer.
+
+    Its Triton filter takes 8 rows or more; fewer are sorted.
+    """
+    try:
+        sampler = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
+    except ImportError as error:
+        raise UnavailableError(f"needs vLLM: {error}") from error
+    rows, vocab = sizes(case, "rows", "vocab")
+    logits = normal(bed, rows, vocab)
+    top_p = torch.full((rows,), float(case.shape["top_p"]), device=bed.device)
+
+    def call(i: int) -> Any:
+        kept = sampler.apply_top_k_top_p(logits.to(torch.float32), None, top_p)
+        probabilities = kept.softmax(dim=-1)
+        return probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+
+    return Work(call=call)
+
+
 def sample_sorted(case: Case, bed: Bed) -> Work:
     """Token drawn from the most likely ones that hold `top_p`, over the sorted vocabulary.
 
@@ -256,6 +277,7 @@ MEMORY_LAUNCHERS: dict[str, Callable[[Case, Bed], Work]] = {
     "sample_greedy": sample_greedy,
     "sample_random": sample_random,
     "sample_sorted": sample_sorted,
+    "sample_top_p": sample_top_p,
     "copy_copy": copy_copy,
     "copy_read": copy_read,
     "copy_write": copy_write,

@@ -19,8 +19,8 @@ from calibration.validation.rows import (
     steady_state,
 )
 from calibration.validation.validate import Validation, error_stats
-from energymodel.costs import kv_blocks
 from energymodel.gpus import load_gpu
+from energymodel.kv_cache import kv_cache
 from energymodel.models import load_model
 from energymodel.specs import ModelSpec, ServingConfig
 
@@ -66,7 +66,8 @@ def implied_input_tokens(validation: Validation) -> list[tuple[Comparison, float
             continue
         serving = ServingConfig(tensor_parallel=row.tensor_parallel, max_batch=row.batch)
         model = row.model if isinstance(row.model, ModelSpec) else load_model(row.model)
-        cache = kv_blocks(model, serving, load_gpu(row.gpu)) * serving.block_tokens
+        kv = kv_cache(model, serving, load_gpu(row.gpu))
+        cache = kv.blocks * kv.block_tokens  # its models have no windows
         outputs = _mean_output_tokens(row)
         context = cache / row.mean_batch
         found.append((c, context - outputs * (1.0 + 1.0 / OUTPUT_GAMMA_SHAPE) / 2.0))
