@@ -13,11 +13,18 @@ from typing import NamedTuple
 
 from energymodel.compiled import compiled
 from energymodel.errors import CapacityError
-from energymodel.operators import kv_bytes_per_token, moe_spec, weight_bytes
-from energymodel.specs import GpuSpec, ModelSpec, ServingConfig
-from energymodel.units import ACTIVATION_BYTES, GIB
+from energymodel.operators import kv_bytes_per_token, weight_bytes
+from energymodel.specs import GpuSpec, ModelSpec, MoeSpec, ServingConfig
+from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT, GIB
 
-_RESERVED_BYTES = 1.5 * GIB  # CUDA context, graphs and workspaces of the engine (see docs/limits)
+_ENGINE_BYTES = 0.19 * GIB
+_GRAPH_BYTES_PER_LAYER = 0.0111 * GIB
+_HIDDEN, _MLP, _EXPERTS, _LOGITS = 3.4, 0.97, 1.58, 1.3
+"""What vLLM 0.22 keeps free beside weights and KV cache, by least squares over the 71 engines on one
+H100 or H200 that told their blocks (`calibration/data/serving`): within 0.27 GiB (standard
+deviation), 1.1 GiB at most, which is what the engine estimates its graphs to take. Vectors of each
+kind that a token of a step keeps alive at once, those of the logits in 32 bit."""
+_PACKED_SIDE = 256
 _ALIKE = 1.5  # kinds of layers whose numbers differ by less form one group each, padded
 
 
@@ -146,29 +153,56 @@ def _no_room(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> str:
 
 
 def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
-    """What a step passes from kernel to kernel [B], rows of the experts among them.
+    """What a full step passes from kernel to kernel on one GPU [B].
 
-    Of a mixture a token has as many rows as experts: both halves of the up-projection, and the
-    output that is then summed (`fused_moe`, workspaces 13 and 2).
+    Beside hidden vectors these are what an MLP makes of a token (both halves of the up-projection and
+    their product), or of a mixture the rows of as many experts as a token has, up-projection and
+    output (`fused_moe`, workspaces 13 and 2).
     """
-    elements = 8.0 * model.hidden_size
-    if (moe := moe_spec(model)) is not None:
-        width = (2.0 if moe.gated else 1.0) * moe.expert_intermediate_size
-        row = width / serving.tensor_parallel + model.hidden_size
-        elements += moe.experts_per_token * row
-    return serving.max_step_tokens * elements * ACTIVATION_BYTES
+    widest = 0.0
+    for part in (group.feed_forward for group in model.layers):
+        halves = 2.0 if part.gated else 1.0
+        if isinstance(part, MoeSpec):
+            row = halves * part.expert_intermediate_size / serving.tensor_parallel
+            vectors = _EXPERTS * part.experts_per_token * (row + model.hidden_size)
+        else:
+            width = part.intermediate_size / serving.tensor_parallel
+            vectors = _MLP * (halves + 1.0) * width
+        widest = max(widest, vectors)
+    step = serving.max_step_tokens * (_HIDDEN * model.hidden_size + widest)
+    logits = serving.max_batch * serving.beams * _LOGITS * model.vocab_size
+    return step * ACTIVATION_BYTES + logits * BYTES_PER_ELEMENT["fp32"]
 
 
 def _room_bytes(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> float:
     """Memory of one GPU beside weights, activations and the engine; negative if there is none."""
-    usable = serving.gpu_memory_utilization * gpu.hbm_bytes - _RESERVED_BYTES
+    usable = serving.gpu_memory_utilization * gpu.hbm_bytes - _ENGINE_BYTES
+    if serving.stack == "vllm":
+        usable -= _GRAPH_BYTES_PER_LAYER * model.num_layers / serving.pipeline_parallel
     return usable - _activation_bytes(model, serving) - _weight_bytes(model, serving)
 
 
 def _weight_bytes(model: ModelSpec, serving: ServingConfig) -> float:
     """Weights held by one GPU [B], a draft model's among them."""
     drafts = 0.0 if serving.draft is None else weight_bytes(serving.draft.model, serving)
-    return weight_bytes(model, serving) + drafts
+    return weight_bytes(model, serving) + drafts + _padding_bytes(model, serving)
+
+
+def _padding_bytes(model: ModelSpec, serving: ServingConfig) -> float:
+    """What vLLM's kernels for packed experts add to these [B]: one side is a multiple of 256.
+
+    gpt-oss-120b takes 64.7 GiB as loaded where its weights are 60.7, the 20b 13.6 for 12.8.
+    """
+    if model.expert_dtype != "mxfp4" or not serving.stack.startswith("vllm"):
+        return 0.0
+    side = model.hidden_size
+    experts = sum(
+        3.0 * g.count * g.feed_forward.num_experts * g.feed_forward.expert_intermediate_size
+        for g in model.layers
+        if isinstance(g.feed_forward, MoeSpec)
+    )
+    added = experts * (-side % _PACKED_SIDE) * BYTES_PER_ELEMENT["mxfp4"]
+    return added / serving.tensor_parallel / serving.pipeline_parallel
 
 
 def _enough_tensor_parallel(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> int | None:

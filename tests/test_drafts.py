@@ -174,8 +174,8 @@ def test_a_round_that_waits_for_the_host_by_hand() -> None:
 
 
 def test_the_draft_model_takes_memory() -> None:
-    plain = ServingConfig()
-    drafted = serving_with(4, 0.5, max_step_tokens=plain.max_step_tokens)
+    drafted = serving_with(4, 0.5)
+    plain = replace(drafted, draft=None, decode_queries=1)
     room = kv_cache(tiny(), plain, gpu()).blocks * 16 * kv_bytes_per_token(tiny(), plain)
     per_block = kv_bytes_per_token(tiny(), plain) + kv_bytes_per_token(SMALL, plain)
     expected = (room - weight_bytes(SMALL, plain)) / (16 * per_block)

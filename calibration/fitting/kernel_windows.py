@@ -47,13 +47,13 @@ _CLASS_OF = {
 }
 """Operator class of the model by the suite's class; windows of other classes are no kernels."""
 _OTHER_KERNELS = (
-    *("kv_write", "rotary", "embedding", "sample_random", "sample_sorted"),
+    *("kv_write", "rotary", "embedding", "sample_random", "sample_sorted", "sample_top_p"),
     "fp8_quant",  # passes its rows twice: `operator_parts.QUANTISE_BYTES`
 )
 """Launchers that are no rows of their class: writes scattered over the cache, gathers and drawing
 random tokens are bound by other things than their bytes (two of them reach 0.8 TB/s where norms
 reach 4), and are small parts of a step. Left out after their residuals had been seen, but for the
-sorted draw, whose windows say what it costs as a whole (`energymodel/sampling.py`)."""
+sorted draw and top-p, whose windows say what it costs as a whole (`energymodel/sampling.py`)."""
 
 
 def read_windows(path: Path) -> list[dict[str, Any]]:
