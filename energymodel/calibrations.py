@@ -21,6 +21,13 @@ from energymodel.specs import Origin
 
 SCHEMA_VERSION = 1
 _MOST = 1e30  # no unit used here comes near it
+_ABOVE_ZERO = frozenset(
+    {
+        *("compute_efficiency", "memory_efficiency", "eight_bit_efficiency", "sharpness"),
+        *("clock_energy_exponent", "power_cap_watts", "onchip_speedup", "low", "high"),
+    }
+)
+"""Fields that something is divided by, or raised to the inverse of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +257,8 @@ def _build(kind: Any, value: Any, where: str, at: str) -> Any:
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
             raise ProfileError(f"{where}: {at} must be a number from 0 to 1e30, not {value!r}")
+        if value == 0 and at.rpartition(".")[2] in _ABOVE_ZERO:
+            raise ProfileError(f"{where}: {at} must be above 0")
         return float(value)
     if kind is int and not isinstance(value, int):
         raise ProfileError(f"{where}: {at} must be a whole number, not {value!r}")

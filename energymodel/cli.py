@@ -223,14 +223,14 @@ def predict(
             write_bytes(parquet_bytes(result), output)
         else:
             write_text(render(result, format.value, color=in_color(output)), output)
-        if emissions is not None:
+        if report is not None:
+            write_text(prediction_page(result), report)
+        if emissions is not None:  # last: an appended row cannot be taken back
             from energymodel.emissions import append_emissions, emissions_row  # noqa: PLC0415
             from energymodel.grids import load_grid_intensity  # noqa: PLC0415
 
             place = None if grid is None else load_grid_intensity(grid)
             append_emissions(emissions_row(result, place), emissions)
-        if report is not None:
-            write_text(prediction_page(result), report)
 
 
 @trace_app.command("describe")
@@ -328,6 +328,11 @@ def validate(
     with user_errors():
         from calibration.validation.report import run  # noqa: PLC0415
 
+        if format is OutputFormat.csv:
+            raise ConfigurationError("--format csv: rows are in --format json or a --report")
+        for folder, option in ((public, "--public"), (own, "--own")):
+            if folder is not None and not folder.is_dir():
+                raise ConfigurationError(f"{option} {folder}: is no folder")
         as_json = format is OutputFormat.json
         color = in_color()
         text, failures = run(

@@ -119,7 +119,7 @@ def make_plan(
     stock.check()
     targets.check()
     if not 0.0 <= margin < 1.0:
-        raise ConfigurationError(f"--margin {margin:g} is a share, from 0 to below 1")
+        raise ConfigurationError(f"--margin {margin:g}: must be from 0 to below 1")
     if objective not in OBJECTIVES:
         raise ConfigurationError(f"unknown objective '{objective}': {', '.join(OBJECTIVES)}")
     variants = _variants(targets, margin)
@@ -409,10 +409,9 @@ def _why_not(
     for number, demand in enumerate(demands):
         if any(option.demand == number for option in options["all"]):
             continue
-        own = [r[0] for r in found if r[0].search.demand == number and r[0].search.share == 1]
-        by_gpu = {one.search.setting.gpu: one.reason for one in own}
-        detail = "; ".join(f"{gpu} {reason}" for gpu, reason in by_gpu.items())
-        reasons.append(f"no GPU in stock serves {demand.name} within the targets ({detail})")
+        reasons.append(
+            f"no GPU in stock serves {demand.name} within the targets ({_refusals(found, number)})"
+        )
     if not reasons:
         needs = []
         for number, demand in enumerate(demands):
@@ -421,7 +420,13 @@ def _why_not(
             if alone is not None:
                 boards = " + ".join(f"{o.gpus} x {o.gpu}" for o in alone.options)
                 needs.append(f"{demand.name} alone takes {boards}")
-        reasons.append(f"the stock is too small: {'; '.join(needs)}")
+            else:
+                reasons.append(
+                    f"no replicas of these settings serve all of {demand.name} "
+                    f"({_refusals(found, number)}); try others, such as a larger --tensor-parallel"
+                )
+        if needs:
+            reasons.append(f"the stock is too small: {'; '.join(needs)}")
     ways = []
     for name, left, relaxed in _relaxations(options, stock):
         other = choose(left, len(demands), relaxed, objective)
@@ -429,3 +434,10 @@ def _why_not(
             ways.append(f"without the {name}: {in_words(other.options, demands)}")
     text = ". ".join(reason[0].upper() + reason[1:] for reason in reasons)
     return f"{text}. It would work {'; or '.join(ways)}." if ways else f"{text}."
+
+
+def _refusals(found: Sequence[tuple[Found, ...]], number: int) -> str:
+    """Why each GPU does not serve the whole of a demand."""
+    own = [r[0] for r in found if r[0].search.demand == number and r[0].search.share == 1]
+    by_gpu = {one.search.setting.gpu: one.reason for one in own if one.reason}
+    return "; ".join(f"{gpu} {reason}" for gpu, reason in by_gpu.items())

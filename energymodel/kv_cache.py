@@ -20,7 +20,7 @@ from energymodel.units import ACTIVATION_BYTES, BYTES_PER_ELEMENT, GIB
 _ENGINE_BYTES = 0.19 * GIB
 _GRAPH_BYTES_PER_LAYER = 0.0111 * GIB
 _HIDDEN, _MLP, _EXPERTS, _LOGITS = 3.4, 0.97, 1.58, 1.3
-"""What vLLM 0.22 keeps free beside weights and KV cache, by least squares over the 71 engines on one
+"""What vLLM 0.22 keeps free beside weights and KV cache, by least squares over 71 engines on one
 H100 or H200 that told their blocks (`calibration/data/serving`): within 0.27 GiB (standard
 deviation), 1.1 GiB at most, which is what the engine estimates its graphs to take. Vectors of each
 kind that a token of a step keeps alive at once, those of the logits in 32 bit."""
@@ -143,21 +143,26 @@ def _no_room(model: ModelSpec, serving: ServingConfig, gpu: GpuSpec) -> str:
     if enough is not None:
         gpus = enough * serving.pipeline_parallel
         hint = f"; {gpus} GPUs (--tensor-parallel {enough}) would do"
+    usable = serving.gpu_memory_utilization * gpu.hbm_bytes
+    share = (
+        f" (--gpu-memory-utilization {serving.gpu_memory_utilization:g} "
+        f"of {gpu.hbm_bytes / GIB:.1f} GiB)"
+    )
     drafting = "" if serving.draft is None else f" with draft model {serving.draft.model.name}"
     return (
         f"{model.name}{drafting} needs {_weight_bytes(model, serving) / GIB:.1f} GiB of "
         "weights and "
         f"{_activation_bytes(model, serving) / GIB:.1f} GiB of activations per GPU on {have} x "
-        f"{gpu.title}, which leaves no room for KV cache in {gpu.hbm_bytes / GIB:.1f} GiB{hint}"
+        f"{gpu.title}, which leaves no room for KV cache in {usable / GIB:.1f} GiB{share}{hint}"
     )
 
 
 def _activation_bytes(model: ModelSpec, serving: ServingConfig) -> float:
     """What a full step passes from kernel to kernel on one GPU [B].
 
-    Beside hidden vectors these are what an MLP makes of a token (both halves of the up-projection and
-    their product), or of a mixture the rows of as many experts as a token has, up-projection and
-    output (`fused_moe`, workspaces 13 and 2).
+    Beside hidden vectors these are what an MLP makes of a token (both halves of the up-projection
+    and their product), or of a mixture the rows of as many experts as a token has, up-projection
+    and output (`fused_moe`, workspaces 13 and 2).
     """
     widest = 0.0
     for part in (group.feed_forward for group in model.layers):

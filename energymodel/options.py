@@ -28,8 +28,8 @@ GpuMemoryUtilization = Annotated[
 
 # what is asked of a fleet
 Objective = Annotated[str, typer.Option(help="energy, cost or carbon.")]
-TtftTarget = Annotated[float | None, typer.Option(help="Most time to first token [s].")]
-TpotTarget = Annotated[float | None, typer.Option(help="Most time per output token [s].")]
+TtftTarget = Annotated[float | None, typer.Option(help="Most time to first token \\[s].")]
+TpotTarget = Annotated[float | None, typer.Option(help="Most time per output token \\[s].")]
 TargetPercentile = Annotated[str, typer.Option(help="Of both targets: p50, p90 or p99.")]
 Prices = Annotated[
     str | None, typer.Option(help="Prices, GPU=USD per hour.", show_default="list prices")

@@ -49,7 +49,7 @@ class Targets:
             )
         for option, value in (("ttft", self.ttft_seconds), ("tpot", self.tpot_seconds)):
             if value is not None and not 0.0 < value < np.inf:
-                raise ConfigurationError(f"--{option} {value:g} s is no target; it is above 0")
+                raise ConfigurationError(f"--{option} {value:g}: must be above 0 s")
 
 
 def pareto_front(values: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -12,7 +12,15 @@ import typer
 from energymodel import options
 from energymodel.errors import ConfigurationError
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL
-from energymodel.sweep_cli import load_workload, one_of, progress, share_or_trace, values_of
+from energymodel.sweep_cli import (
+    ARRIVAL_SCALES,
+    MOST_PUE,
+    load_workload,
+    one_of,
+    progress,
+    share_or_trace,
+    values_of,
+)
 from energymodel.terminal import check_writable, kept_until_done, user_errors, write_text
 
 
@@ -58,7 +66,7 @@ def plan(
     grid: Annotated[str | None, typer.Option(help="Grid, or its gCO2/kWh.")] = None,
     price: options.Prices = None,
     scale_every: Annotated[
-        float | None, typer.Option(help="Also change replicas this often [s], e.g. 3600.")
+        float | None, typer.Option(help="Also change replicas this often \\[s], e.g. 3600.")
     ] = None,
     park: Annotated[
         str, typer.Option(help="GPUs not needed are off, cold (no process) or context.")
@@ -108,16 +116,20 @@ def plan(
         axes: dict[str, Any] = {
             "gpu": [gpu for gpu, count in there.gpus.items() if count],
             "dtype": values_of("dtype", dtype, str),
-            "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int),
-            "max_batch": values_of("max-batch", max_batch, int),
-            "arrival_scale": [arrival_scale],
-            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace)[:1],
-            "pue": [pue],
+            "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int, least=1),
+            "max_batch": values_of("max-batch", max_batch, int, least=1),
+            "arrival_scale": values_of(
+                "arrival-scale", str(arrival_scale), float, **ARRIVAL_SCALES
+            ),
+            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace, least=0, most=1)[:1],
+            "pue": values_of("pue", str(pue), float, least=1, most=MOST_PUE),
         }
         if gpu_memory_utilization is not None:
             axes["gpu_memory_utilization"] = [gpu_memory_utilization]
         if power_limit is not None:
-            axes["power_limit_watts"] = values_of("power-limit", power_limit, float)
+            axes["power_limit_watts"] = values_of(
+                "power-limit", power_limit, float, least=1, most=1e5
+            )
         if grid is not None:
             axes["grid"] = [grid]
         settings = grid_of(axes)

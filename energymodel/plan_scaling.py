@@ -104,7 +104,7 @@ def scale(
         If the period is not above 0, makes too many periods, or the state is unknown.
     """
     if not 0.0 < period_seconds < np.inf:
-        raise ConfigurationError(f"--scale-every {period_seconds:g} s is above 0")
+        raise ConfigurationError(f"--scale-every {period_seconds:g}: must be above 0 s")
     longest = max(workload.binned.duration_seconds for workload in workloads)
     periods = int(longest // period_seconds) + 1
     if periods > _MOST_PERIODS:

@@ -56,7 +56,7 @@ class Stock:
         if self.rack_watts is not None:
             least = min(load_gpu(gpu).tdp_watts for gpu in self.gpus)
             if not self.rack_watts > 0:
-                raise ConfigurationError(f"--rack-watts {self.rack_watts:g} is above 0")
+                raise ConfigurationError(f"--rack-watts {self.rack_watts:g}: must be above 0 W")
             if self.rack_watts < 0.25 * least:
                 raise ConfigurationError(
                     f"--rack-watts {self.rack_watts:g} powers none of the GPUs in stock (the "

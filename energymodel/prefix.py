@@ -75,7 +75,7 @@ def with_given_share(requests: Requests, share: float, *, block_tokens: int) -> 
     """
     if not 0.0 <= share < 1.0:
         raise ConfigurationError(
-            f"--prefix-hit {share:g} is a share of the prompts' tokens, from 0 to below 1"
+            f"--prefix-hit {share:g}: must be a share of the prompts' tokens, from 0 to below 1"
         )
     if share == 0.0:
         return requests

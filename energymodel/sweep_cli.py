@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from energymodel.sweep_run import PointsJournal
 
 _LARGEST_HELD_BYTES = 400e6  # of a trace file whose requests are held in memory
+_STEADY_SECONDS = 600.0  # a shorter trace is simulated: most of it is no steady state
+ARRIVAL_SCALES = {"least": 1e-6, "most": 1e4}
+MOST_PUE = 10.0
 
 
 class SweepFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
@@ -135,25 +139,26 @@ def whatif(
             "model": values_of("model", model, str),
             "stack": values_of("stack", stack, str),
             "dtype": values_of("dtype", dtype, str),
-            "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int),
-            "pipeline_parallel": values_of("pipeline-parallel", pipeline_parallel, int),
-            "replicas": values_of("replicas", replicas, _auto_or_int),
-            "prefill_replicas": values_of("prefill-replicas", prefill_replicas, int),
-            "max_batch": values_of("max-batch", max_batch, int),
-            "arrival_scale": values_of("arrival-scale", arrival_scale, float),
-            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace),
-            "pue": values_of("pue", pue, float),
+            "tensor_parallel": values_of("tensor-parallel", tensor_parallel, int, least=1),
+            "pipeline_parallel": values_of("pipeline-parallel", pipeline_parallel, int, least=1),
+            "replicas": values_of("replicas", replicas, _auto_or_int, least=1),
+            "prefill_replicas": values_of("prefill-replicas", prefill_replicas, int, least=0),
+            "max_batch": values_of("max-batch", max_batch, int, least=1),
+            "arrival_scale": values_of("arrival-scale", arrival_scale, float, **ARRIVAL_SCALES),
+            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace, least=0, most=1),
+            "pue": values_of("pue", pue, float, least=1, most=MOST_PUE),
         }
-        for name, text, kind in (
-            ("kv_dtype", kv_dtype, str),
-            ("prefill_gpu", prefill_gpu, str),
-            ("max_step_tokens", max_step_tokens, int),
-            ("gpu_memory_utilization", gpu_memory_utilization, float),
-            ("power_limit_watts", power_limit, float),
-            ("grid", grid, str),
+        for name, text, kind, limits in (
+            ("kv_dtype", kv_dtype, str, {}),
+            ("prefill_gpu", prefill_gpu, str, {}),
+            ("max_step_tokens", max_step_tokens, int, {"least": 1}),
+            ("gpu_memory_utilization", gpu_memory_utilization, float, {"least": 0, "most": 1}),
+            ("power_limit_watts", power_limit, float, {"least": 1, "most": 1e5}),
+            ("grid", grid, str, {}),
         ):
             if text is not None:
-                axes[name] = values_of(name.replace("_", "-"), text, kind)
+                option = name.removesuffix("_watts").replace("_", "-")
+                axes[name] = values_of(option, text, kind, **limits)
         settings = grid_of(axes)
         check_names(settings)
         workload = load_workload(
@@ -166,7 +171,7 @@ def whatif(
             strict=strict,
             prefixes="trace" in axes["prefix_hit"],
         )
-        if workload.binned.duration_seconds == 0.0:  # no load to estimate from
+        if workload.requests is not None and workload.binned.duration_seconds < _STEADY_SECONDS:
             mode = "exact"
         pair = None if compare is None else _pair(compare, len(settings))
         path = journal_path(output, "points")
@@ -358,12 +363,19 @@ def one_of(option: str, value: str, known: Iterable[str]) -> None:
         raise ConfigurationError(unknown_name(option, value, known))
 
 
-def values_of(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Values separated by commas."""
+def values_of(
+    option: str,
+    text: str,
+    kind: Callable[[str], Any],
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> list[Any]:
+    """Values separated by commas; numbers among them from `least` to `most`."""
     found = []
     for part in text.split(","):
         try:
-            found.append(kind(part.strip()))
+            value = kind(part.strip())
         except ValueError:
             raise ConfigurationError(
                 f"--{option} {text}: '{part.strip()}' is no "
@@ -371,6 +383,10 @@ def values_of(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
             ) from None
         if part.strip() == "":
             raise ConfigurationError(f"--{option} {text}: there is an empty value")
+        if isinstance(value, float | int) and not least <= value <= most:
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ConfigurationError(f"--{option} {part.strip()}: must be {limits}")
+        found.append(value)
     return found
 
 

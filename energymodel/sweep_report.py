@@ -119,9 +119,16 @@ def as_tables(
         console.print(f"[bold]No setting of {len(points)} serves the trace within the targets.[/]")
     missed = [i for i, point in enumerate(points) if point.served and i not in set(order)]
     if missed:
-        nearest = points[missed[0]]
-        reasons = targets.missed(nearest.ttft_seconds, nearest.tpot_seconds)
-        console.print(f"{len(missed)} settings miss the targets, e.g. {'; '.join(reasons)}.")
+        by_reason: dict[str, list[int]] = {}
+        for i in missed:
+            late = targets.missed(points[i].ttft_seconds, points[i].tpot_seconds)
+            unknown = f"have no known {objective}; give --price or --grid"
+            by_reason.setdefault("miss the targets" if late else unknown, []).append(i)
+        for reason, numbers in by_reason.items():
+            nearest = points[numbers[0]]
+            late = targets.missed(nearest.ttft_seconds, nearest.tpot_seconds)
+            example = "; ".join(late) or f"{nearest.setting.gpu}"
+            console.print(f"{len(numbers)} settings {reason}, e.g. {example}.", markup=False)
     for reason, count in refused(points)[:5]:
         console.print(f"{count} refused: {reason}", markup=False)
     if comparison is not None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from energymodel.errors import ConfigurationError
 from energymodel.journal import Journal, SweepError
 from energymodel.settings import Setting, deployment_key, only_exact
 from energymodel.sweep import Point, Workload, evaluate
@@ -160,7 +161,11 @@ def run_tasks(
     ------
     SweepError
         If the scheduler cannot be reached, or workers keep dying.
+    ConfigurationError
+        If there are no jobs.
     """
+    if jobs < 1 and jobs != -1:
+        raise ConfigurationError(f"--jobs {jobs}: must be at least 1, or -1 for one per core")
     open_tasks = dict(enumerate(tasks))
     for attempt in range(_ATTEMPTS):
         if not open_tasks:

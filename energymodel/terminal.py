@@ -129,7 +129,7 @@ def write_bytes(data: bytes, output: Path) -> None:
     except BrokenPipeError:
         return  # the reader of the pipe has gone
     except OSError as error:
-        raise EnergyModelError(f"--output {output} cannot be written: {error.strerror}") from error
+        raise EnergyModelError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def _target(output: Path) -> Path:

@@ -426,7 +426,7 @@ def test_the_command_writes_for_programs(form: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--gpu", "a100,"), "empty value"),
-        (("--gpu", "a100", "--gpu-memory-utilization", "0.9,1.5"), "at most 1"),
+        (("--gpu", "a100", "--gpu-memory-utilization", "0.9,1.5"), "1.5: must be from 0 to 1"),
         (("--gpu", "a100", "--max-batch", "1,x"), "no number"),
         (("--gpu", "a100", "--mode", "fast"), "unknown mode"),
         (("--gpu", "a100,nonsuch"), "nonsuch"),
@@ -435,7 +435,7 @@ def test_the_command_writes_for_programs(form: str, tmp_path: Path) -> None:
         (("--gpu", "a100", "--dtype", "bf17"), "unknown dtype"),
         (("--gpu", "a100", "--grid", "nowhere"), "unknown grid"),
         (("--gpu", "a100", "--objective", "speed"), "unknown objective"),
-        (("--gpu", "a100", "--ttft", "-1"), "no target"),
+        (("--gpu", "a100", "--ttft", "-1"), "above 0 s"),
         (("--gpu", "a100", "--percentile", "p95"), "unknown percentile"),
         (("--gpu", "a100", "--compare", "1,9"), "two numbers"),
         (("--gpu", "a100", "--price", "a100"), "GPU=USD"),
@@ -445,6 +445,13 @@ def test_the_command_writes_for_programs(form: str, tmp_path: Path) -> None:
         (("--gpu", "a100", "--format", "parquet"), "--output"),
         (("--gpu", "a100", "--objective", "carbon"), "--grid"),
         (("--gpu", "a100", "--output", "/nowhere/x.csv"), "does not exist"),
+        (("--gpu", "a100", "--jobs", "0"), "at least 1"),
+        (("--gpu", "a100", "--max-batch", "64,0"), "--max-batch 0: must be at least 1"),
+        (("--gpu", "a100", "--replicas", "0"), "at least 1"),
+        (("--gpu", "a100", "--arrival-scale", "nan"), "--arrival-scale nan"),
+        (("--gpu", "a100", "--arrival-scale", "1e9"), "to 10000"),
+        (("--gpu", "a100", "--power-limit", "-1"), "--power-limit -1"),
+        (("--gpu", "a100", "--pue", "0.1"), "from 1 to 10"),
     ],
 )
 def test_bad_options_are_refused_with_one_message(options: tuple[str, ...], message: str) -> None:
@@ -454,6 +461,29 @@ def test_bad_options_are_refused_with_one_message(options: tuple[str, ...], mess
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_short_trace_is_simulated(tmp_path: Path) -> None:
+    """It has no steady state: in windows of a minute three seconds would cost a minute's idling."""
+    path = tmp_path / "short.csv"
+    path.write_text("arrival_seconds,input_tokens,output_tokens\n0,1200,150\n3.1,2500,40\n")
+    asked = ["whatif", "--trace", str(path), "--gpu", "h100", "--backend", "sequential"]
+    result = CliRunner().invoke(app, [*asked, "--confirm", "0", "--format", "json"])
+    assert result.exit_code == 0, result.output
+    (point,) = json.loads(result.output)["points"]
+    assert point["mode"] == "exact"
+    whole = CliRunner().invoke(
+        app, ["predict", "--trace", str(path), "--gpu", "h100", "--format", "json"]
+    )
+    joules = json.loads(whole.output)["energy_joules"]
+    assert point["energy_joules"] == pytest.approx(joules, rel=1e-9)
+
+
+def test_an_unknown_price_is_no_missed_target() -> None:
+    asked = ("--gpu", "h100,mi300x", "--objective", "cost", "--backend", "sequential")
+    result = CliRunner().invoke(app, ["whatif", "--trace", "azure_code", *asked])
+    assert result.exit_code == 0, result.output
+    assert "1 settings have no known cost; give --price or --grid, e.g. mi300x" in result.output
 
 
 def test_no_setting_that_fits_is_an_answer() -> None:

@@ -577,7 +577,7 @@ def test_the_report_shows_every_row_and_both_splits(tmp_path: Path) -> None:
 def test_the_command_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serving_records(tmp_path / "a.jsonl", monkeypatch)
     runner, report = CliRunner(), tmp_path / "report"
-    arguments = ["validate", "--own", str(tmp_path), "--public", str(tmp_path / "none")]
+    arguments = ["validate", "--own", str(tmp_path)]
     done = runner.invoke(app, [*arguments, "--report", str(report)])
     assert done.exit_code == 0, done.output
     assert "own, h100, vllm" in done.output
@@ -593,19 +593,20 @@ def test_a_failed_check_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("calibration.validation.validate.LEVELS_FILE", levels)
     monkeypatch.setattr("calibration.validation.validate.load_levels.__defaults__", (levels,))
     serving_records(tmp_path / "a.jsonl", monkeypatch)
-    done = CliRunner().invoke(
-        app, ["validate", "--own", str(tmp_path), "--public", str(tmp_path / "none"), "--check"]
-    )
+    done = CliRunner().invoke(app, ["validate", "--own", str(tmp_path), "--check"])
     assert done.exit_code == 1
     assert "worse than recorded: own, h100, vllm, held out: joules_median_abs" in done.output
 
 
 def test_nothing_to_compare_with_exits_2(tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        app, ["validate", "--own", str(tmp_path), "--public", str(tmp_path / "none")]
-    )
+    done = CliRunner().invoke(app, ["validate", "--own", str(tmp_path)])
     assert done.exit_code == 2
     assert "nothing to validate with" in done.output
+    for option in ("--own", "--public"):
+        done = CliRunner().invoke(app, ["validate", option, str(tmp_path / "none")])
+        assert done.exit_code == 2
+        assert f"{option} {tmp_path / 'none'}: is no folder" in done.output
+    assert CliRunner().invoke(app, ["validate", "--format", "csv"]).exit_code == 2
 
 
 # -- public rows ----------------------------------------------------------------------

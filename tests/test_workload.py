@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from shapes import calibration, gpu, ideal_kernel, llama_8b, tiny
 
 import energymodel
 from energymodel.calibrations import Calibration, StackCalibration
+from energymodel.datafiles import data_path
 from energymodel.deployment import STACKS, deploy
 from energymodel.errors import (
     CapacityError,
@@ -669,6 +671,18 @@ def test_the_share_of_memory_that_an_engine_may_use_is_room_for_kv_cache() -> No
     with pytest.raises(CapacityError, match="leaves no room for KV cache"):
         kv_bytes(0.01)
     assert run(BUSY, gpu_memory_utilization=0.8).inputs["gpu_memory_utilization"] == 0.8
+
+
+@pytest.mark.parametrize(
+    "field", ["memory_efficiency", "compute_efficiency", "sharpness", "eight_bit_efficiency"]
+)
+def test_a_calibration_that_would_divide_by_nothing_is_refused(field: str, tmp_path: Path) -> None:
+    document = json.loads(data_path("calibrations", "h100.json").read_text(encoding="utf-8"))
+    document["kernels"]["gemm"][field] = 0
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=rf"own\.json: .*gemm\.{field} must be above 0"):
+        predict(trace((0.0, 10, 5)), gpu="h100", calibration=str(path))
 
 
 def test_a_gpu_without_calibration_is_refused_and_another_ones_is_marked() -> None:
