@@ -454,6 +454,7 @@ def advance(  # type: ignore[no-untyped-def]
             by_step += per_context * (step + 0.5 * (k - 1))
         step += k
         # --- prompts
+        before = n_done
         partial = -1
         for i in range(n_chunked):
             slot = chunked[i]
@@ -530,8 +531,11 @@ def advance(  # type: ignore[no-untyped-def]
             free_slots[n_free] = slot
             n_free += 1
         # --- first tokens of those that go on
+        ended = n_done - before
         if n_chunked > 0 and decoding > 0:
-            late = told_late(first, tokens, running, prefills, starting, tables[4], host)
+            late = told_late(
+                first, tokens, running, running - ended, prefills, starting, tables[4], host
+            )
             for i in range(n_chunked):
                 if floats[chunked[i], FIRST] == end:
                     floats[chunked[i], FIRST] += late

@@ -44,6 +44,10 @@ _MOST_DRAFT_TOKENS = 32
 _MOST_STEP_TOKENS = 2**18  # the cost tables hold a row for each; no engine comes near it
 
 
+_LARGEST_CAPTURED = {"GptOssForCausalLM": 1024}
+"""Tokens of the largest CUDA graph where a model's config in vLLM 0.22 fixes it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Deployment:
     """One replica: a model on a group of GPUs under one engine, and what its steps cost."""
@@ -138,6 +142,11 @@ def deploy(
         gpu_memory_utilization=gpu_memory_utilization,
         decoding=strategy,
         beams=beams,
+        graph_batch_sizes=captured_sizes(
+            max_batch * (1 if draft is None else draft.tokens + 1),
+            max_step_tokens,
+            largest=_LARGEST_CAPTURED.get(model_spec.architecture),
+        ),
     )
     if draft is not None:
         serving = with_drafts(serving, draft)
@@ -229,6 +238,19 @@ def _draft(
         )
     _check_parallel(draft, tensor_parallel, 1)
     return Draft(model=draft, tokens=tokens, acceptance=acceptance)
+
+
+def captured_sizes(tokens: int, step_tokens: int, largest: int | None = None) -> tuple[int, ...]:
+    """Token counts for which vLLM 0.22 captures CUDA graphs (`_set_cudagraph_sizes`).
+
+    tokens : of a step in which a full batch decodes; largest : where a model's config fixes it
+    """
+    largest = min(largest or min(2 * tokens, 512), step_tokens)
+    sizes = {size for size in (1, 2, 4) if size <= largest}
+    sizes.update(range(8, min(largest + 1, 256), 8), range(256, largest + 1, 16))
+    if step_tokens <= largest:
+        sizes.add(step_tokens)
+    return tuple(sorted(sizes))
 
 
 def with_drafts(serving: ServingConfig, draft: Draft) -> ServingConfig:

@@ -369,15 +369,23 @@ def kv_bytes_per_token(model: ModelSpec, serving: ServingConfig) -> float:
 
 
 def weight_bytes(model: ModelSpec, serving: ServingConfig) -> float:
-    """Weights held by one GPU [B]: every expert, the embeddings once more where not tied."""
+    """Weights held by one GPU [B], every expert among them.
+
+    Of a pipeline the fullest stage counts: a share of the layers, and the embeddings or the weights
+    of the logits, which lie at its two ends.
+    """
     table = operator_table(model, serving)
     moe = moe_spec(model)
     everything = np.zeros(len(STATS))
     everything[_STAT["one"]] = 1.0
     everything[_STAT["distinct_experts"]] = moe.num_experts if moe else 0.0
-    weights = float((table.hbm_bytes @ everything).sum())
-    embedding = 0.0 if model.tied_embeddings else model.vocab_size * model.hidden_size * 2.0
-    return weights / serving.pipeline_parallel + embedding / serving.tensor_parallel
+    by_operator = table.hbm_bytes @ everything
+    head = float(by_operator[table.names.index("logits")])
+    layers = float(by_operator.sum()) - head
+    embedding = model.vocab_size * model.hidden_size * 2.0 / serving.tensor_parallel
+    if serving.pipeline_parallel > 1:
+        return layers / serving.pipeline_parallel + max(head, embedding)
+    return layers + head + (0.0 if model.tied_embeddings else embedding)
 
 
 def request_flops(

@@ -14,6 +14,7 @@ from energymodel.errors import ConfigurationError
 from energymodel.specs import DEFAULT_DTYPE, DEFAULT_MODEL
 from energymodel.sweep_cli import (
     ARRIVAL_SCALES,
+    CACHED,
     MOST_PUE,
     load_workload,
     one_of,
@@ -121,7 +122,7 @@ def plan(
             "arrival_scale": values_of(
                 "arrival-scale", str(arrival_scale), float, **ARRIVAL_SCALES
             ),
-            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace, least=0, most=1)[:1],
+            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace, **CACHED)[:1],
             "pue": values_of("pue", str(pue), float, least=1, most=MOST_PUE),
         }
         if gpu_memory_utilization is not None:

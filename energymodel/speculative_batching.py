@@ -109,14 +109,14 @@ def round_cost(  # type: ignore[no-untyped-def]
     checked = queries * decoding
     tokens = checked + prompt_tokens
     rows = checked + prompts
-    t, r, d, p, t_row, r_row, t_graph = pass_parts(
+    t, r, d, p, t_row, r_row, t_graph, _ = pass_parts(
         tokens, rows, check, prompts, decoding, tables[0]
     )
     first_tokens = tokens + sequences
-    ft, fr, fd, fp, ft_row, fr_row, _ = pass_parts(
+    ft, fr, fd, fp, ft_row, fr_row, _, _ = pass_parts(
         first_tokens, sequences, first, prompts, decoding, tables[1]
     )
-    nt, nr, nd, _, nt_row, nr_row, _ = pass_parts(
+    nt, nr, nd, _, nt_row, nr_row, _, _ = pass_parts(
         sequences, sequences, further, 0, sequences, tables[2]
     )
     memory = t[0] + r[0] + d[0] + p[0] + ft[0] + fr[0] + fd[0] + fp[0]
@@ -425,12 +425,12 @@ def serve_with_drafts(  # type: ignore[no-untyped-def]
         if k == 1:
             last, check_last, first_last, further_last = first, check, first_att, further
         # --- run them
-        rows = first[TOKEN_ROW], first[ROW_ROW]
+        rows = first[TOKEN_ROW], first[ROW_ROW], 1.0
         count_passes(k, 1.0, first, last, rows, check, check_last, prompts, decoding, sums[0])
-        rows = first[_FIRST_TOKENS], first[_FIRST_ROWS]
+        rows = first[_FIRST_TOKENS], first[_FIRST_ROWS], 1.0
         count_passes(k, 1.0, first, last, rows, first_att, first_last, prompts, decoding, sums[1])
         if draft_tokens > 1:
-            rows = first[_NEXT_TOKENS], first[_NEXT_ROWS]
+            rows = first[_NEXT_TOKENS], first[_NEXT_ROWS], 1.0
             others = float(draft_tokens - 1)
             count_passes(k, others, first, last, rows, further, further_last, 0, count, sums[2])
         add_steps(k, first, last, sums[0][4], sums[0][5], totals)

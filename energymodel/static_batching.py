@@ -71,10 +71,15 @@ def serve_static_batches(  # type: ignore[no-untyped-def]
         account(1, first, first, att, att, batch, 0, prompt_sums, totals)
         for r in range(start, stop):
             first_token[r] = totals[NOW]
+            if outputs[r] == 1:
+                finish[r] = totals[NOW]
         done = 1
         while done < longest_output:
             context = longest_input + done
             k = min(longest_output - done, LONGEST_THROTTLED_JUMP)
+            for r in range(start, stop):  # a sequence ends with its own step
+                if outputs[r] > done:
+                    k = min(k, outputs[r] - done)
             if window > 0 and context < window:
                 k = min(k, window - context)
             while True:

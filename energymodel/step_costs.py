@@ -31,7 +31,7 @@ NOW, IDLE, GPU, WAIT, STEPS, PREEMPT, PRE_J, DEC_J, THROTTLED, STRETCH, SLOW = r
 # fields of the tuple that `step_cost` returns
 SECONDS, GPU_SECONDS, CLOCK, CORE, DECODE, DECODE_ATTENTION = 0, 1, 2, 3, 4, 5
 PREFILL, PREFILL_ATTENTION, STRETCHED, TOKEN_ROW, ROW_ROW, HOST_BOUND = 6, 7, 8, 9, 10, 11
-SLOW_HOST = 12
+SLOW_HOST, TOKEN_SCALE = 12, 13
 
 SLOW_HOST_RATIO = 1.5
 """Of a slow host's times to the calibration's. A host whose cores other machines share is met at
@@ -102,7 +102,8 @@ def pass_parts(tokens, rows, att, prefills, decodes, tables):  # type: ignore[no
 
     Arguments as in `step_cost`. Returns the four numbers of a table row (memory s, compute s, fixed
     J, core J) of tokens, of rows of logits, of decode and of prefill attention; then the table
-    row, the row-table row, and whether a captured graph runs the pass.
+    row, the row-table row, whether a captured graph runs the pass, and how many times the last
+    table row it takes where it holds more tokens than that.
     """
     token_table, row_table, att_table, phase_table, graph_tokens = tables
     row_index = min(rows, row_table.shape[0] - 1)
@@ -138,6 +139,7 @@ def pass_parts(tokens, rows, att, prefills, decodes, tables):  # type: ignore[no
         index,
         row_index,
         in_graph,
+        scale,
     )
 
 
@@ -161,15 +163,17 @@ def host_of_step(in_graph, rows, prefills, starting, host):  # type: ignore[no-u
 
 
 @compiled
-def told_late(cost, tokens, rows, prefills, starting, graph_tokens, host):  # type: ignore[no-untyped-def]
+def told_late(  # type: ignore[no-untyped-def]
+    cost, tokens, rows, going_on, prefills, starting, graph_tokens, host
+):
     """Seconds after the end of a step, whose `cost` this is, at which its tokens are handed out.
 
     vLLM's engine launches the next step first (`v1/engine/core.py`, `step_with_batch_queue`), here
-    taken as one that decodes as many sequences. Where the GPU is busy for longer than that takes,
-    nobody waits for it.
+    taken as one that decodes those of its sequences that go on. Where the GPU is busy for longer
+    than that takes, nobody waits for it.
     """
     own = host_of_step(tokens < graph_tokens.shape[0], rows, prefills, starting, host)
-    following = host_of_step(rows < graph_tokens.shape[0], rows, 0, False, host)
+    following = host_of_step(going_on < graph_tokens.shape[0], going_on, 0, False, host)
     return max(0.0, following - max(0.0, cost[GPU_SECONDS] - own))
 
 
@@ -189,7 +193,7 @@ def step_cost(  # type: ignore[no-untyped-def]
     what a slow host would add (`slowed`).
     """
     base, cap, exponent, pipeline = limits[0], limits[1], limits[2], limits[3]
-    t, r, d, p, index, row_index, in_graph = pass_parts(
+    t, r, d, p, index, row_index, in_graph, scale = pass_parts(
         tokens, rows, att, prefills, decodes, tables
     )
     host_seconds = host_of_step(in_graph, rows, prefills, starting, host)
@@ -219,6 +223,7 @@ def step_cost(  # type: ignore[no-untyped-def]
         row_index,
         host_seconds > gpu,
         slowed(gpu, host_seconds, gap),
+        scale,
     )
 
 
@@ -304,13 +309,14 @@ def between(first, last, share):  # type: ignore[no-untyped-def]
         first[10],
         first[11],
         first[12] + (last[12] - first[12]) * share,
+        first[13],
     )
 
 
 @compiled
 def account(k, first, last, att, att_last, prefills, decodes, sums, totals):  # type: ignore[no-untyped-def]
     """Add k steps whose costs run linearly from `first` to `last`."""
-    rows = first[TOKEN_ROW], first[ROW_ROW]
+    rows = first[TOKEN_ROW], first[ROW_ROW], first[TOKEN_SCALE]
     count_passes(k, 1.0, first, last, rows, att, att_last, prefills, decodes, sums)
     add_steps(k, first, last, sums[4], sums[5], totals)
 
@@ -321,8 +327,8 @@ def count_passes(  # type: ignore[no-untyped-def]
 ):
     """Count what the passes of one kind cost by: `passes` in each of k steps.
 
-    rows : table row and row-table row; att, att_last : attention statistics of a pass of the first
-    and of the last step
+    rows : table row, row-table row, and how many times the first counts; att, att_last : attention
+    statistics of a pass of the first and of the last step
     """
     token_steps, row_steps, attention_sums, phase_steps = sums[0], sums[1], sums[2], sums[3]
     weights = (
@@ -331,7 +337,7 @@ def count_passes(  # type: ignore[no-untyped-def]
         0.5 * passes * k * (first[CORE] + last[CORE]),
     )
     for w in range(3):
-        token_steps[rows[0], w] += weights[w]
+        token_steps[rows[0], w] += rows[2] * weights[w]
         row_steps[rows[1], w] += weights[w]
         if prefills > 0:
             phase_steps[0, w] += weights[w]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from energymodel.accounting import energy_parts
 from energymodel.calibrations import Calibration, load_calibration
+from energymodel.costs import of_group
 from energymodel.deployment import Deployment, deploy
 from energymodel.disaggregation import serve_disaggregated
 from energymodel.errors import (
@@ -31,6 +32,7 @@ from energymodel.grids import load_grid_intensity
 from energymodel.prefix import cached_share, with_prefixes
 from energymodel.replicas import serve_on_replicas
 from energymodel.settings import Setting, deployment_key, only_exact
+from energymodel.specs import ServingConfig
 from energymodel.steady_state import BinnedTrace, Estimate, estimate
 from energymodel.traces import Requests, read_batches
 from energymodel.units import JOULES_PER_KWH
@@ -185,9 +187,12 @@ def _deployment(key: Setting, max_model_len: int | None, calibration: str | None
     gpu = load_gpu(key.gpu)
     fitted: str | Calibration | None = calibration
     if key.power_limit_watts is not None:
-        fitted = _limited(
-            load_calibration(calibration or gpu.name), key.power_limit_watts, gpu.tdp_watts
+        loaded = load_calibration(calibration or gpu.name)
+        group = ServingConfig(
+            tensor_parallel=key.tensor_parallel, pipeline_parallel=key.pipeline_parallel
         )
+        base_watts = of_group(loaded, group).base_watts
+        fitted = _limited(loaded, key.power_limit_watts, gpu.tdp_watts, base_watts)
     return deploy(
         gpu=gpu,
         model=key.model,
@@ -204,13 +209,15 @@ def _deployment(key: Setting, max_model_len: int | None, calibration: str | None
     )
 
 
-def _limited(calibration: Calibration, watts: float, tdp_watts: float) -> Calibration:
+def _limited(
+    calibration: Calibration, watts: float, tdp_watts: float, base_watts: float
+) -> Calibration:
     """The calibration under a board power limit, as `nvidia-smi --power-limit` sets it."""
-    lowest = calibration.base_watts + 20.0
+    lowest = base_watts + 20.0
     if not lowest <= watts <= tdp_watts:
         raise ConfigurationError(
             f"--power-limit {watts:g} W is outside what the board can keep: it draws "
-            f"{calibration.base_watts:.0f} W before it computes anything, and at most "
+            f"{base_watts:.0f} W before it computes anything, and at most "
             f"{tdp_watts:.0f} W; give {lowest:.0f} to {tdp_watts:.0f}"
         )
     return replace(calibration, power_cap_watts=min(watts, calibration.power_cap_watts))
@@ -319,6 +326,7 @@ def simulated(setting: Setting, workload: Workload) -> tuple[Point, Array, Array
         ttft=percentiles(ttft),
         tpot=percentiles(tpot),
         components=energy_parts(served)[0],
+        slow_host_joules=served.slow_host_joules,
     )
     return point, ttft, tpot
 
@@ -392,13 +400,17 @@ def _point(
     ttft: Mapping[str, float],
     tpot: Mapping[str, float],
     components: Mapping[str, float],
+    slow_host_joules: float = 0.0,
 ) -> Point:
     energy = active + idle
     pools = [(deployment, replicas)]
     if setting.prefill_replicas:
         pools.append((prefill_deployment(setting, workload), setting.prefill_replicas))
     # of pools on different GPUs the total lies within the wider interval of the two
-    intervals = [pool.calibration.intervals[pool.serving.stack] for pool, _ in pools]
+    intervals = [
+        pool.calibration.intervals[pool.serving.stack].with_host(slow_host_joules / energy)
+        for pool, _ in pools
+    ]
     boards = [(pool.gpu.name, count * pool.gpus_per_replica) for pool, count in pools]
     usd = None
     if all(gpu in workload.prices for gpu, _ in boards):

@@ -33,6 +33,7 @@ _LARGEST_HELD_BYTES = 400e6  # of a trace file whose requests are held in memory
 _STEADY_SECONDS = 600.0  # a shorter trace is simulated: most of it is no steady state
 ARRIVAL_SCALES = {"least": 1e-6, "most": 1e4}
 MOST_PUE = 10.0
+CACHED = {"least": 0.0, "most": 0.9999}  # share of a prompt: its last token is always computed
 
 
 class SweepFormat(str, Enum):  # noqa: UP042 - typer wants the str mixin
@@ -145,7 +146,7 @@ def whatif(
             "prefill_replicas": values_of("prefill-replicas", prefill_replicas, int, least=0),
             "max_batch": values_of("max-batch", max_batch, int, least=1),
             "arrival_scale": values_of("arrival-scale", arrival_scale, float, **ARRIVAL_SCALES),
-            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace, least=0, most=1),
+            "prefix_hit": values_of("prefix-hit", prefix_hit, share_or_trace, **CACHED),
             "pue": values_of("pue", pue, float, least=1, most=MOST_PUE),
         }
         for name, text, kind, limits in (

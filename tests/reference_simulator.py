@@ -131,10 +131,13 @@ def step_cost(
     per_sequence = _attention_sequences(model, attention, np.array([len(work)]), gpu, calibration)
     tables = costs.tables() + per_row.tables() + per_sequence.tables()
     stack = calibration.stacks[serving.stack]
-    following = host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
+    host = stack.step_host_seconds + stack.sequence_host_seconds * len(work)
+    ends = sum(r.computed + n == r.known and r.generated + 1 == r.output_tokens for r, n in work)
+    going_on = len(work) - ends
+    following = stack.step_host_seconds + stack.sequence_host_seconds * going_on
     launches = model.num_layers * stack.launch_seconds
     each_kernel = (stack.kernels_per_layer + of_experts(model, serving)) * launches
-    if not (graphs and len(work) <= max(graphs)):
+    if not (graphs and going_on <= max(graphs)):
         following += each_kernel
     if not in_graph:
         host += each_kernel

@@ -165,3 +165,18 @@ def test_requests_queue_and_are_preempted_as_in_vllm(
     run = simulate(r.arrival_seconds, r.input_tokens, r.output_tokens, costs)
     assert run is not None
     assert run.totals["steps"] == steps
+
+
+@pytest.mark.parametrize(("gpu", "record"), engines())
+def test_graphs_are_captured_for_the_sizes_that_vllm_reports(gpu: str, record: Any) -> None:
+    settings = record["settings"]
+    deployment = deploy(
+        gpu=gpu,
+        model=model_from_config(record["config"], name="measured"),
+        tensor_parallel=settings["tensor_parallel_size"],
+        max_batch=settings["max_num_seqs"],
+        max_step_tokens=settings["max_num_batched_tokens"],
+        dtype=weights_dtype(record) or DEFAULT_DTYPE,
+    )
+    if settings["cudagraph_capture_sizes"]:  # eager engines have none
+        assert list(deployment.serving.graph_batch_sizes) == settings["cudagraph_capture_sizes"]

@@ -192,15 +192,13 @@ def interval(size: float, basis: str) -> IntervalCalibration:
 
 
 def card_spread(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Relative differences in joules of equal cases on two cards, by stack: n, median and p90."""
-    joules: dict[tuple[str, str, str], list[float]] = {}
+    """Relative differences in joules of cases measured twice, by stack: n, median and p90."""
+    cases: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        case = run.row.stack, run.row.name, str(sorted(run.row.options))
-        joules.setdefault(case, []).append(run.joules)
+        cases.setdefault(run.row.case, []).append(run)
     apart: dict[str, list[float]] = {}
-    for (stack, *_), pair in joules.items():
-        if len(pair) > 1:
-            apart.setdefault(stack, []).append(abs(pair[1] / pair[0] - 1.0))
+    for first, second, *_ in (pair for pair in cases.values() if len(pair) > 1):
+        apart.setdefault(first.row.stack, []).append(abs(second.joules / first.joules - 1.0))
     return {
         stack: {
             "n": len(each),

@@ -173,7 +173,7 @@ def fit_machine(
 
 def _is_open(row: Any, split: Mapping[str, Any] | None) -> bool:
     if split is None:
-        return row.phase in ("prefill", "batch")
+        return row.phase in ("prefill", "batch") and row.pipeline_parallel == 1
     return is_fitted(row, split)
 
 

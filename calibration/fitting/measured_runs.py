@@ -89,17 +89,18 @@ def read_idle(source: Path | Sequence[Path], gpu: str) -> list[tuple[str, str, f
     """Idle states (`context`, `polling`) of a GPU with an engine up: board, state, power [W]."""
     found = []
     for path in _files(source):
-        boards: dict[int, Mapping[str, Any]] = {}
+        boards: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
         for _, record in _records(path, Counter()):
             if record["kind"] == "engine":
-                boards[record["run"]] = record["identity"]["gpus"][0]
-            elif (
-                record["kind"] == "idle"
-                and record["window"]["valid"]
-                and load_gpu((board := boards[record["run"]])["name"]).name == gpu
-            ):
-                name = str(board.get("uuid_sha256") or path.name)
-                found.append((name, record["case"]["state"], float(record["watts"])))
+                boards[record["plan"], record["run"]] = record["identity"]["gpus"]
+            elif record["kind"] == "idle" and record["window"]["valid"]:
+                window = record["window"]
+                of_run = boards[record["plan"], record["run"]]
+                for board, joules in zip(of_run, window["energy_joules"], strict=True):
+                    if joules is not None and load_gpu(board["name"]).name == gpu:
+                        name = str(board.get("uuid_sha256") or path.name)
+                        watts = float(joules / window["duration_seconds"])
+                        found.append((name, record["case"]["state"], watts))
     return found
 
 

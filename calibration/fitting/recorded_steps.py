@@ -160,10 +160,8 @@ def _add_pass(
 
     work : tokens, rows, attention statistics, prefills and decodes, as of `step_costs.pass_parts`
     """
-    tokens, _, att, prefills, decodes = work
-    *_, token_row, row_row, in_graph = _pass_parts(*work, tables)
-    # tokens beyond the table's end cost in proportion
-    beyond = 1.0 if in_graph else max(1.0, tokens / (len(tables[0]) - 1))
+    *_, att, prefills, decodes = work
+    *_, token_row, row_row, in_graph, beyond = _pass_parts(*work, tables)
     found = [("tokens", token_row, beyond), ("rows", row_row, 1.0)]
     for phase, present, stats in ((0, prefills, (2, 3)), (1, decodes, (0, 1))):
         if present:

@@ -46,6 +46,7 @@ _LEVEL = 0.9
 _SAME_CHIP = {("h100", "h200")}
 _GA102 = ("a6000",)
 """GPUs of the Ampere generation that do not have the A100's chip."""
+_ENERGIES = ("active_watts", "block_joules_per_byte", "flop_energy_factor")  # of a class
 
 
 def transfer(name: str, measured: Calibration) -> Calibration:
@@ -136,7 +137,7 @@ def _with_measured_factors(
     values = {}
     for parameter in PARAMETERS:
         path = parameter.paths[0]
-        is_time = path.startswith("kernels.") and not path.endswith(("watts", "factor"))
+        is_time = path.startswith("kernels.") and not path.endswith(_ENERGIES)
         if is_time and path.split(".")[1] not in told:
             new, old = value_at(measured, path), value_at(before, path)
             values[path] = value_at(public, path) * new / old if old > 0 else new
@@ -176,6 +177,7 @@ def _energies_of(start: Calibration, measured: Calibration) -> Calibration:
         c: replace(
             k,
             active_watts=measured.kernels[c].active_watts,
+            block_joules_per_byte=measured.kernels[c].block_joules_per_byte,
             flop_energy_factor=measured.kernels[c].flop_energy_factor,
         )
         for c, k in start.kernels.items()
@@ -203,7 +205,11 @@ def _scaled_energies(
     there: GpuSpec,
     rules: Mapping[str, Any],
 ) -> Calibration:
-    """Energies of the measured GPU, scaled to another chip, memory and board."""
+    """Energies of the measured GPU, scaled to another chip, memory and board.
+
+    What busy SMs draw follows their number, but no more than what the board may draw, where no
+    published power says otherwise (the A100's does).
+    """
     chip = "ampere-ga102" if here.name in _GA102 else here.architecture
     try:
         core = float(rules["core_energy"][chip]["factor"])
@@ -218,7 +224,15 @@ def _scaled_energies(
         joules_per_flop["mxfp4"] = joules_per_flop["fp8"] * float(rules["mxfp4_over_fp8"]["value"])
     board = here.tdp_watts / there.tdp_watts
     units = core * here.sm_count / there.sm_count
-    kernels = {c: replace(k, active_watts=k.active_watts * units) for c, k in own.kernels.items()}
+    busy = units if "factor" in memory else min(units, core * board)  # an L4's SMs share 72 W
+    kernels = {
+        c: replace(
+            k,
+            active_watts=k.active_watts * busy,
+            block_joules_per_byte=k.block_joules_per_byte * core,
+        )
+        for c, k in own.kernels.items()
+    }
     idle = own.cold_idle_watts * board if here.idle_watts is None else here.idle_watts
     hbm = own.joules_per_hbm_byte + float(memory["added_joules_per_byte"])
     onchip, bytes_factor = own.joules_per_onchip_byte * core, float(memory.get("factor", 1.0))
@@ -229,7 +243,7 @@ def _scaled_energies(
         context_idle_watts=max(own.context_idle_watts * board, idle),
         polling_idle_watts=max(own.polling_idle_watts * board, idle),
         base_watts=own.base_watts * board,
-        kernel_watts=own.kernel_watts * units,
+        kernel_watts=own.kernel_watts * busy,
         joules_per_flop=joules_per_flop,
         joules_per_hbm_byte=hbm * bytes_factor,
         joules_per_onchip_byte=onchip * bytes_factor,

@@ -23,14 +23,18 @@ class Poller:
     def __init__(self, read: Callable[[], Row], period_seconds: float) -> None:
         self._read, self._period_seconds = read, period_seconds
         self._stop = threading.Event()
+        self._failure: Exception | None = None
         self.rows: list[Row] = []
         """Monotonic time [s], then what `read` returned."""
 
     def _poll(self) -> None:
-        while not self._stop.is_set():
-            now = round(time.monotonic(), 5)
-            self.rows.append((now, *self._read()))
-            time.sleep(self._period_seconds)
+        try:
+            while not self._stop.is_set():
+                now = round(time.monotonic(), 5)
+                self.rows.append((now, *self._read()))
+                time.sleep(self._period_seconds)
+        except Exception as error:  # it would end with the thread, unseen
+            self._failure = error
 
     def __enter__(self) -> Poller:
         """Start polling."""
@@ -38,7 +42,9 @@ class Poller:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Stop polling."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Stop polling; raises what `read` raised."""
         self._stop.set()
         self._thread.join()
+        if self._failure is not None and kind is None:
+            raise self._failure

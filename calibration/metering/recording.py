@@ -60,8 +60,15 @@ class WindowFile:
             ) from error
         try:
             whole = self.path.read_bytes()
-            os.ftruncate(self._descriptor, whole.rfind(b"\n") + 1)
+            if whole.startswith(b"\x1f\x8b"):
+                raise RecordingError(f"{self.path} is compressed; choose another --out")
+            end = whole.rfind(b"\n") + 1
             os.lseek(self._descriptor, 0, os.SEEK_END)
+            if _is_json(whole[end:]):
+                os.write(self._descriptor, b"\n")  # only its end is missing
+            else:
+                os.ftruncate(self._descriptor, end)
+                os.lseek(self._descriptor, 0, os.SEEK_END)
             self._resume(read_jsonl(self.path))
         except BaseException:
             os.close(self._descriptor)
@@ -109,7 +116,7 @@ class WindowFile:
         RecordingError
             If the disk is full or gone; the lines before stay whole.
         """
-        line = json.dumps(record, allow_nan=False, separators=(",", ":"), default=str) + "\n"
+        line = json.dumps(_finite(record), allow_nan=False, separators=(",", ":")) + "\n"
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
         data = line.encode()
         try:
@@ -139,6 +146,14 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

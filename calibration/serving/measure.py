@@ -19,7 +19,10 @@ from calibration.serving.run_plan import clock, record_run, run_plan, writer
 from energymodel.errors import ConfigurationError, EnergyModelError
 from energymodel.workloads import load_requests
 
-_PACKAGES = {"vllm": "vllm", "vllm-eager": "vllm", "transformers": "transformers"}
+_PACKAGES = {
+    **{"vllm": "vllm", "vllm-eager": "vllm"},
+    **{"transformers": "transformers", "transformers-compile": "transformers"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,6 +160,7 @@ def run_plan(
             )
 
     failed = 0
+    current: subprocess.Popen[str] | None = None
     waiting: subprocess.Popen[str] | None = start(0)
     try:
         for index, run in enumerate(plan.runs):
@@ -190,8 +191,9 @@ def run_plan(
             text = f"{run.name}: exit {code} after {clock() - began:.0f} s"
             print(text, file=sys.stderr, flush=True)
     finally:
-        if waiting is not None and waiting.poll() is None:
-            _end(waiting)
+        for process in (current, waiting):  # an engine has a session of its own, Ctrl-C misses it
+            if process is not None and process.poll() is None:
+                _end(process)
     return failed
 
 

@@ -74,7 +74,7 @@ def _ratios(
     def by_case(chosen: Callable[[MeasuredRow], bool]) -> dict[str, float]:
         cases: dict[str, list[float]] = {}
         for row in runs:
-            if chosen(row):
+            if row.plain and chosen(row):
                 name = f"{row.model_name} {_case(row)}" if same_model else _case(row)
                 cases.setdefault(name, []).append(quantity(row))
         return {name: median(values) for name, values in cases.items()}

@@ -174,7 +174,7 @@ def _found(validation: Validation, source: str, name: str, gpu: str) -> list[Com
         c
         for c in validation.comparisons
         if (c.row.source, c.row.name, c.row.gpu) == (source, name, gpu)
-        and (source != OWN or c.row.stack == "vllm")
+        and (source != OWN or (c.row.stack == "vllm" and c.row.plain))
     ]
 
 

@@ -257,10 +257,9 @@ def _aims(validation: Validation) -> str:
 
 def _repeats(validation: Validation) -> str:
     """How far apart two measurements of the same case are: no model can do better."""
-    cases: dict[tuple[str, str, str, str], list[MeasuredRow]] = {}
+    cases: dict[tuple[str, ...], list[MeasuredRow]] = {}
     for c in validation.comparisons:
-        row = c.row
-        cases.setdefault((row.source, row.gpu, row.stack, row.name), []).append(row)
+        cases.setdefault(c.row.case, []).append(c.row)
     several = [rows for rows in cases.values() if len(rows) > 1 and rows[0].source == OWN]
     text = "## Repeated and unsteady measurements\n\n"
     unsteady = [c.row.name + f" ({c.row.stack})" for c in validation.comparisons if c.row.unsteady]

@@ -65,6 +65,18 @@ class MeasuredRow:
     note: str = ""
 
     @property
+    def case(self) -> tuple[str, ...]:
+        """What was measured: rows of equal cases are measurements of the same thing."""
+        options = (f"{name}={value}" for name, value in sorted(self.options.items()))
+        return self.source, self.gpu, self.stack, self.name, *options
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens were decoded greedily, one a step."""
+        drafts, decoding = self.options.get("draft_tokens"), self.options.get("decoding", "greedy")
+        return not drafts and decoding == "greedy"
+
+    @property
     def tensor_parallel(self) -> int:
         """GPUs a layer is split over."""
         return int(self.options.get("tensor_parallel", 1))
