@@ -305,7 +305,7 @@ def test_a_steady_state_becomes_a_saturated_row(
     steady = {
         "kind": "steady",
         **{"plan": "p", "run": 0, "model": "llama-3.2-1b", "stack": "vllm"},
-        "case_name": "steady-i30-o40-n4",
+        "case_name": "steady-i4-o40-n4",  # with a limit of 4, graphs hold steps of up to 8 tokens
         "case": {"kind": "steady", "batch": 4},
         "window": {"valid": True, "invalid_reason": ""},
         "sequences": 4,
@@ -317,7 +317,7 @@ def test_a_steady_state_becomes_a_saturated_row(
         "tpot_seconds": {"p50": 0.004},
         "requests": {
             "before_window": 6,
-            "input_tokens": [30] * 20,
+            "input_tokens": [4] * 20,
             "output_tokens": [10, 20, 30] + [40] * 17,
         },
     }
@@ -330,7 +330,7 @@ def test_a_steady_state_becomes_a_saturated_row(
     assert tokens == 14 * 40  # what was started in the window
     compared = compare(row, load_split())
     assert not compared.fitted
-    alone = replace(row, requests=offline("x", [30] * 4, 40), ramp=None)
+    alone = replace(row, requests=offline("x", [4] * 4, 40), ramp=None)
     batch = compare(alone, load_split())  # the steady state is a batch that never drains
     assert compared.seconds_per_output_token == pytest.approx(
         batch.seconds_per_output_token, rel=0.25
@@ -581,7 +581,7 @@ def test_the_command_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.Monke
     done = runner.invoke(app, [*arguments, "--report", str(report)])
     assert done.exit_code == 0, done.output
     assert "own, h100, vllm" in done.output
-    assert "skipped: public measurements: there is no folder" in done.output
+    assert "skipped: public measurements: no folder was given" in done.output
     assert sorted(p.name for p in report.iterdir()) == ["validation.md", "validation.png"]
     as_json = runner.invoke(app, [*arguments, "--format", "json"])
     assert len(json.loads(as_json.stdout)["rows"]) == 3

@@ -8,10 +8,11 @@ subtracted at the power metered right after it. Short cases are repeated back to
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ for each KV length it meets for the first time, about 60 ms a step: it must have
 static cache is as long as input and output together, and what is compiled depends on it."""
 CASE_OVERHEAD_SECONDS = 1.5
 """Warm-up and ticks of a case beside its window."""
+_MOST_FRESH = 16
+"""Repeats of a batch, each with prompts of its own, at a server that may cache prompts."""
 STEPS_KEPT = 6000
 """A record keeps the single steps of a run with at most so many."""
 
@@ -101,30 +104,35 @@ def measure_case(
     """
     requests = requests_of(case, plan.folder)
     prompts = _prompts(requests, vocab_size, plan.seed)
-    prepared = engine.prepare(requests, prompts)
+    repeats: Iterable[Any] = itertools.repeat(engine.prepare(requests, prompts))
+    if getattr(engine, "caches_prefixes", False):  # prompts that it has met would cost nothing
+        seeds = range(plan.seed + 1, plan.seed + 1 + (_MOST_FRESH if case.kind == "static" else 1))
+        fresh = (_prompts(requests, vocab_size, seed) for seed in seeds)
+        repeats = [engine.prepare(requests, each) for each in fresh]
     for count in (1, 16) if case.kind == "trace" else (len(requests),):
         engine.run(_warm_up(engine, count, requests, prompts, warm_up_tokens), deadline)
 
     def work() -> list[RunLog]:
-        logs = [engine.run(prepared, deadline)]
-        if case.kind == "static":
-            while logs[-1].end_seconds - logs[0].start_seconds < plan.window_seconds:
-                logs.append(engine.run(prepared, deadline))
+        logs: list[RunLog] = []
+        for prepared in repeats:
+            logs.append(engine.run(prepared, deadline))
+            lasted = logs[-1].end_seconds - logs[0].start_seconds
+            if case.kind != "static" or lasted >= plan.window_seconds:
+                break
         return logs
 
     host_before = python_step_seconds_now()
     with tracked(plan.tracker, plan.gpu_indices) as tracker:
         result = metered(meter, case.name, work)
     logs: list[RunLog] = result.pop("logs")
-    repeats = len(logs)
     record = {
         "requests": len(requests),
         "requests_left_out": requests.left_out,
         "input_tokens": int(requests.input_tokens.sum()),
         "output_tokens": int(requests.output_tokens.sum()),
-        "repeats": repeats,
-        "joules_per_repeat": result["joules"] / repeats,
-        "seconds_per_repeat": result["active_seconds"] / repeats,
+        "repeats": len(logs),
+        "joules_per_repeat": result["joules"] / len(logs),
+        "seconds_per_repeat": result["active_seconds"] / len(logs),
         "python_step_seconds": [host_before, python_step_seconds_now()],
         **result,
         **_summary(logs, requests),

@@ -42,6 +42,8 @@ class ServerEngine:
         If there is no such server, or it serves no model.
     """
 
+    caches_prefixes = True  # vLLM's server does unless told otherwise, and does not say
+
     def __init__(self, url: str) -> None:
         self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
         try:

@@ -17,12 +17,16 @@ from calibration.serving.client import ServerEngine
 from calibration.serving.plan import load_plan, model_config
 from calibration.serving.run_plan import clock, record_run, run_plan, writer
 from energymodel.errors import ConfigurationError, EnergyModelError
+from energymodel.models import load_model
+from energymodel.operators import moe_spec
 from energymodel.workloads import load_requests
 
 _PACKAGES = {
     **{"vllm": "vllm", "vllm-eager": "vllm"},
     **{"transformers": "transformers", "transformers-compile": "transformers"},
 }
+_COUNTED = {"input_tokens": 128, "output_tokens": 5}
+_COUNTED_BATCHES = [1, 8, 32, 128]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,12 @@ def write_plan(options: Options, out: Path, *, is_server: bool = False) -> Path:
     ]
     states = ("polling",) if is_server else ("context", "polling")
     idle = [{"kind": "idle", "state": state} for state in states]
+    counted: list[dict[str, Any]] = []  # a mixture is compared with how many experts it chose
+    alone = len(options.gpus) == 1 and not is_server and options.stack.startswith("vllm")
+    if alone and moe_spec(load_model(str(model))) is not None:
+        counted.append({"kind": "experts", "batches": _COUNTED_BATCHES, **_COUNTED})
     sets: dict[str, list[dict[str, Any]]] = {"idle": idle, "static": shapes, "replay": []}
+    sets["experts"] = counted
     if trace is not None and not steady:  # with --steady it gives the lengths
         own = options.arrivals == "trace"
         replay = {"kind": "trace", "trace": trace, "arrivals": "own" if own else "offline"}
@@ -96,7 +105,8 @@ def write_plan(options: Options, out: Path, *, is_server: bool = False) -> Path:
     run = {"model": model, "stack": options.stack, "budget_seconds": 180.0}
     runs: list[dict[str, Any]] = []
     if shapes or sets["replay"]:
-        runs.append({**run, "case_sets": ["idle", "static", "replay"], "engine": arguments})
+        names = ["idle", "experts", "static", "replay"]
+        runs.append({**run, "case_sets": names, "engine": arguments})
     for count in steady:
         of = {"trace": trace} if trace else {k: v[0] for k, v in lengths.items()}
         case = {"kind": "steady", "batch": count, "seconds": options.steady_seconds, **of}
