@@ -279,3 +279,9 @@ def test_a_start_of_another_gpu_is_transferred_where_rules_know_both() -> None:
     assert moved.onchip_speedup == pytest.approx(h100.onchip_speedup * memory)
     assert start_from("h100", "h100") == h100
     assert start_from("l4", "h200") == load_calibration("l4")  # never measured itself
+
+
+@pytest.mark.parametrize("name", ["l4", "l40s", "a6000", "rtx-6000-ada", "b200", "a100"])
+def test_no_kernel_of_a_transferred_gpu_draws_more_than_its_board_may(name: str) -> None:
+    made, board = load_calibration(name), load_gpu(name).tdp_watts
+    assert max(k.active_watts for k in made.kernels.values()) + made.base_watts < board

@@ -321,3 +321,30 @@ def test_gives_up_when_requests_wait_too_long() -> None:
         simulate(arrivals, np.full(2000, 200), np.full(2000, 50), costs, abandon_seconds=0.001)
         is None
     )
+
+
+@given(triples=requests)
+def test_no_first_token_is_told_after_the_last(triples: list[tuple[float, int, int]]) -> None:
+    result, _ = run(tiny(), ordered(triples))
+    assert (result.first_token_seconds <= result.finish_seconds).all()
+
+
+def test_sequences_of_a_static_batch_end_with_their_own_steps() -> None:
+    """Of one, two and 200 tokens: the second ends a step after the first."""
+    costs = cost_tables(tiny(), ServingConfig(stack="transformers"), gpu(), calibration())
+    outputs = np.array([1, 2, 200])
+    result = simulate(np.zeros(3), np.full(3, 100), outputs, costs, static_batches=True)
+    assert result is not None
+    decoding = result.finish_seconds - result.first_token_seconds
+    assert decoding[0] == 0.0
+    assert decoding[1] == pytest.approx(decoding[2] / 199, rel=0.05)
+
+
+def test_tokens_beyond_the_table_are_counted() -> None:
+    """A batch of prompts that Transformers computes at once, longer than vLLM's steps are."""
+    serving = ServingConfig(stack="transformers", max_step_tokens=256)
+    costs = cost_tables(tiny(), serving, gpu(), calibration())
+    result = simulate(np.zeros(8), np.full(8, 100), np.full(8, 3), costs, static_batches=True)
+    assert result is not None
+    steps = result.passes[0].token_steps[:, 0]
+    assert steps @ np.arange(len(steps)) == pytest.approx(8 * 100 + 2 * 8)
