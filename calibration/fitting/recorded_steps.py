@@ -114,13 +114,23 @@ def record(deployment: Deployment, requests: Requests) -> Recording:
         spans.append((k, first[-1], last[-1]))
         rest[-1][NOW] += k
 
+    def told_late(*arguments: Any) -> float:
+        """Let the next step hold those that go on; `_step` took all for such."""
+        first, _, rows, going_on, _, _, graph_tokens, _ = arguments
+        if going_on != rows:
+            following = first[-1].following
+            following[:] = 0.0
+            following[_launches(going_on < len(graph_tokens), 0)] = 1.0
+            following[3] = going_on
+        return 0.0
+
     hooks = {
         "step_cost": step_cost,
         "round_cost": round_cost,
         "account": add_steps,
         "add_steps": add_steps,
         "count_passes": lambda *_: None,
-        "told_late": lambda *_: 0.0,
+        "told_late": told_late,
     }
     served = _uncompiled(simulate, hooks)(
         requests.arrival_seconds,
